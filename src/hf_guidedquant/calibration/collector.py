@@ -1,0 +1,268 @@
+"""One pass over the calibration rows that leaves a Hessian per linear layer (the guided objective, Kim et al. 2025).
+
+For a layer with inputs ``x_t`` and outputs ``z_t`` the Hessian of row group ``J_k`` is
+
+    H_k = Σ_t s_k[t] x_t x_tᵀ,     s_k[t] = mean over j in J_k of (∂ℓ/∂z[t, j])²
+
+with ℓ the next-token cross-entropy of the unquantized model, summed over tokens. ``s ≡ 1`` is the plain layer-wise
+objective. Weights stay frozen: a node behind each layer's output sees the output gradient during the backward pass,
+with the layer's input still in hand, and adds to ``H`` there and then, on the layer's device.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import CalibrationError, ModelError
+
+logger = logging.getLogger(__name__)
+
+# A larger share of rows with NaN or infinite activations or gradients aborts the run.
+MAX_BAD_ROWS = 0.1
+
+
+@dataclass
+class LayerStatistics:
+    """What the pass leaves of one layer.
+
+    Attributes:
+        hessian: fp32, ``[g, K, K]``, or its diagonal ``[g, K]``. The sum over tokens, not normalised.
+        bad_rows: Rows that were left out because this layer saw NaN or infinity in them (int64 scalar, on device).
+    """
+
+    hessian: Tensor
+    bad_rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def empty(cls, in_features: int, num_groups: int, diagonal_only: bool, device: torch.device) -> "LayerStatistics":
+        shape = (num_groups, in_features) if diagonal_only else (num_groups, in_features, in_features)
+        return cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        """Add a row's tokens: inputs ``x [T, K]``, token weights ``s [T, g]``, both any float dtype."""
+        x, weights = x.to(self.hessian.device, torch.float32), weights.to(self.hessian.device, torch.float32)
+        good = torch.isfinite(x).all() & torch.isfinite(weights).all()
+        self.bad_rows += ~good
+        # One comparison on the device instead of a branch on the host: a bad row contributes exact zeros.
+        x = torch.where(good, x, 0.0)
+        root = torch.where(good, weights, 0.0).sqrt()
+        for group, hessian in enumerate(self.hessian):
+            scaled = x * root[:, group : group + 1]
+            if hessian.dim() == 1:
+                hessian += scaled.square().sum(dim=0)
+            else:
+                hessian.addmm_(scaled.mT, scaled)
+
+
+def group_means(squared: Tensor, num_groups: int) -> Tensor:
+    """Mean over each group of outputs: ``[T, N] -> [T, g]``; groups are contiguous, the last one may be shorter."""
+    size = math.ceil(squared.shape[-1] / num_groups)
+    return torch.stack([part.mean(dim=-1) for part in squared.split(size, dim=-1)], dim=-1)
+
+
+def effective_groups(out_features: int, num_groups: int) -> int:
+    """Groups that really exist: with ceil-sized groups the last ones can be empty."""
+    return math.ceil(out_features / math.ceil(out_features / num_groups))
+
+
+def window_memory(in_features: int, num_groups: int, diagonal_only: bool) -> int:
+    """Bytes of one layer's statistics."""
+    return 4 * num_groups * in_features * (1 if diagonal_only else in_features)
+
+
+def collect(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, LayerStatistics],
+    rows: Sequence[Tensor],
+    *,
+    guided: bool,
+    checkpointing: bool,
+    on_row: Callable[[], None] = lambda: None,
+) -> int:
+    """Run every row through the model and add to ``statistics``, in place.
+
+    Args:
+        model: A causal language model; left as it was found.
+        layers: The linear modules to watch, by name.
+        statistics: Their (empty) statistics, by the same names.
+        rows: Token ids, int64 ``[seq]`` each.
+        guided: Weigh tokens by the squared output gradient. Otherwise all tokens count 1 and no backward pass runs.
+        checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
+        on_row: Called after every row, for progress bars.
+
+    Returns:
+        The number of rows whose loss was not finite; they are in no layer's statistics.
+
+    Raises:
+        CalibrationError: More than 10 % of the rows had to be left out, of the model or of one layer.
+        ModelError: The model gives no logits.
+    """
+    bad_losses = 0
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        if guided:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_gradients_of_activations_only(model))
+            stack.enter_context(_tapped(layers, statistics))
+            if checkpointing:
+                stack.enter_context(_checkpointed(model))
+        else:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_watched(layers, statistics))
+        device = input_device(model)
+        for row in rows:
+            bad_losses += not _run_row(model, row.to(device), guided)
+            on_row()
+    _check_bad_rows(bad_losses, statistics, len(rows))
+    return bad_losses
+
+
+def _run_row(model: nn.Module, ids: Tensor, guided: bool) -> bool:
+    """Forward, and for the guided objective backward. False if the loss is not finite."""
+    output = model(input_ids=ids.unsqueeze(0), use_cache=False)
+    if not guided:
+        return True
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no logits, so there is no end loss to be guided by. "
+            "Load the model with its language-model head (AutoModelForCausalLM), or use guided=False."
+        )
+    # A sum, not a mean: gradients keep their size whatever the row length, which fp16 needs.
+    loss = F.cross_entropy(logits[0, :-1].float(), ids[1:].to(logits.device), reduction="sum")
+    if not torch.isfinite(loss):
+        return False
+    loss.backward()
+    return True
+
+
+def _check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:
+    worst = {name: int(layer.bad_rows) for name, layer in statistics.items()}
+    name = max(worst, key=lambda key: worst[key])
+    bad = bad_losses + worst[name]
+    if bad > MAX_BAD_ROWS * rows:
+        where = f"in {name}" if worst[name] else "in the loss"
+        raise CalibrationError(
+            f"{bad} of {rows} calibration rows gave NaN or infinity {where}; at most {MAX_BAD_ROWS:.0%} may. "
+            "Load the model in bfloat16 or float32, and check that the tokenizer belongs to the model."
+        )
+    if bad:
+        logger.warning("%d of %d calibration rows gave NaN or infinity (worst layer: %s) and were left out.", bad, rows, name)
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids have to be."""
+    return model.get_input_embeddings().weight.device
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on a layer's output that hands (input, output gradient) to a function in the backward pass.
+
+    The input is an autograd-saved tensor, so gradient checkpointing frees and recomputes it like any other.
+    """
+
+    @staticmethod
+    def forward(ctx, output: Tensor, x: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.receive = receive
+        # A copy, because models may change a layer's output in place, which a view made here would forbid.
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        ctx.receive(ctx.saved_tensors[0], grad)
+        return grad, None, None
+
+
+@contextmanager
+def _tapped(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics]) -> Iterator[None]:
+    def receive(layer: LayerStatistics, x: Tensor, grad: Tensor) -> None:
+        squared = grad.flatten(0, -2).float().square()
+        layer.add(x.flatten(0, -2), group_means(squared, layer.hessian.shape[0]))
+
+    def tap(layer: LayerStatistics, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return _Tap.apply(output, args[0].detach(), partial(receive, layer)) if output.requires_grad else output
+
+    with _hooks(module.register_forward_hook(partial(tap, statistics[name])) for name, module in layers.items()):
+        yield
+
+
+@contextmanager
+def _watched(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics]) -> Iterator[None]:
+    def watch(layer: LayerStatistics, module: nn.Module, args: tuple) -> None:
+        x = args[0].flatten(0, -2)
+        layer.add(x, x.new_ones(x.shape[0], layer.hessian.shape[0]))
+
+    with _hooks(module.register_forward_pre_hook(partial(watch, statistics[name])) for name, module in layers.items()):
+        yield
+
+
+@contextmanager
+def _hooks(handles: Iterator) -> Iterator[None]:
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _gradients_of_activations_only(model: nn.Module) -> Iterator[None]:
+    """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    try:
+        yield
+    finally:
+        start.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Run every decoder block under activation checkpointing, whatever the model's own settings and mode."""
+    replaced = []
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            replaced.append((module, module.__dict__.get("forward")))
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module, own in replaced:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]
+
+
+def activation_bytes(layers: Sequence[nn.Module], tokens: int, dtype: torch.dtype) -> int:
+    """Rough size of what the backward pass keeps of one row without checkpointing: inputs and outputs, twice over."""
+    features = sum(sum(module.weight.shape) for module in layers)  # type: ignore[misc, arg-type]
+    return 2 * features * tokens * dtype.itemsize

@@ -1,0 +1,235 @@
+"""Reading and writing saved models safely: header pre-flight, companions of the weights, all-or-nothing folders."""
+
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, create_repo
+from torch import nn
+
+from .errors import CheckpointError, OutputFolderError
+from .formats.lut import TensorSpec
+from .nn import quantized_modules
+from .report import Report, model_card
+
+logger = logging.getLogger(__name__)
+
+CARD_FILE = "README.md"
+_DTYPES = {
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# A header larger than this is not one of a checkpoint (the safetensors limit).
+_MAX_HEADER = 100_000_000
+_SHOWN = 6
+
+
+def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
+    """Names, shapes and dtypes of all tensors in safetensors files, without reading the tensors.
+
+    Raises:
+        CheckpointError: A file is truncated or is no safetensors file.
+    """
+    found: dict[str, TensorSpec] = {}
+    for path in map(Path, files):
+        header, data_bytes = _read_header(path)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            try:
+                spec = TensorSpec(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], torch.complex64))
+                end = entry["data_offsets"][1]
+            except (TypeError, KeyError, IndexError) as error:
+                raise CheckpointError(f"{path.name}: the header entry of {name!r} is malformed.") from error
+            if not isinstance(end, int) or end > data_bytes:
+                raise CheckpointError(f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again.")
+            found[name] = spec
+    return found
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file, and how many bytes of data follow it."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{path.name} is truncated or no safetensors file. Download it again.")
+            header = json.loads(file.read(length))
+    except (struct.error, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path.name} is no readable safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name}: the header is not a table of tensors.")
+    return header, size - 8 - length
+
+
+def preflight(
+    files: Iterable[str | os.PathLike],
+    quantized: Mapping[str, TensorSpec],
+    others: Mapping[str, TensorSpec] | None = None,
+    ignore: Iterable[str] = (),
+) -> None:
+    """Compare a checkpoint's headers with what a model needs, before any weight is loaded.
+
+    Args:
+        files: The safetensors files of the checkpoint.
+        quantized: Tensors of the quantized layers, by their name in the checkpoint. Names, shapes and dtypes must match.
+        others: All other tensors of the model, if the checkpoint must hold exactly those; only names and shapes must
+            match, since transformers converts dtypes. None: the model is another head on the same body; not checked.
+        ignore: Names that may be missing (tied weights) or left over.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over, or of the wrong shape or dtype. The message names them.
+    """
+    found = read_headers(files)
+    expected = {**quantized, **(others or {})}
+    layers = {name.rpartition(".")[0] for name in quantized}
+    ignored = set(ignore)
+    missing = sorted(expected.keys() - found.keys() - ignored)
+    extra = sorted(
+        name
+        for name in found.keys() - expected.keys() - ignored
+        if others is not None or name.rpartition(".")[0] in layers
+    )
+    wrong = [
+        f"{name} (expected {_describe(expected[name])}, got {_describe(found[name])})"
+        for name in sorted(expected.keys() & found.keys())
+        if found[name].shape != expected[name].shape
+        or (name in quantized and not _same_kind(found[name], expected[name], name))
+    ]
+    problems = [
+        f"{what}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        for what, names in (("missing", missing), ("not expected", extra), ("wrong shape or dtype", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            "The checkpoint does not hold what its config promises. "
+            + "; ".join(problems)
+            + ". Download or save the model again."
+        )
+
+
+def _same_kind(found: TensorSpec, expected: TensorSpec, name: str) -> bool:
+    """Codes and codebooks must have their very dtype; a bias only has to be a float."""
+    if name.endswith(".bias"):
+        return found.dtype.is_floating_point
+    return found.dtype == expected.dtype
+
+
+def _describe(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+def check_codebooks(model: nn.Module) -> None:
+    """Refuse a loaded model with NaN or infinite codebooks, or with layers that no file filled.
+
+    Raises:
+        CheckpointError: Naming the layers.
+    """
+    bad = [name for name, module in quantized_modules(model).items() if not torch.isfinite(module.lut).all()]
+    if bad:
+        raise CheckpointError(f"NaN or infinite codebook in {', '.join(bad[:_SHOWN])}. The checkpoint is damaged.")
+
+
+def attach_saving(model: nn.Module, report: Report | None) -> None:
+    """Make ``save_pretrained`` and ``push_to_hub`` of this model write a model card, and the report of the run.
+
+    Transformers has no hook for files beside the weights, so the two methods are wrapped on the instance. A README
+    that is already in the folder or the repository is left alone.
+    """
+    model.quantization_report = report  # type: ignore[assignment]
+    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+    model.push_to_hub = MethodType(_push_to_hub, model)  # type: ignore[assignment]
+
+
+def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    if getattr(self, "hf_quantizer", None) is not None and kwargs.get("is_main_process", True):
+        write_companions(self, Path(save_directory))
+    return result
+
+
+def write_companions(model: Any, folder: Path) -> None:
+    """The model card (unless there is a README) and, if the model was quantized in this process, its report."""
+    settings = model.config.quantization_config.to_dict()
+    report: Report | None = getattr(model, "quantization_report", None)
+    if not (folder / CARD_FILE).exists():
+        (folder / CARD_FILE).write_text(model_card(settings, report, folder.name), encoding="utf-8")
+    if report is not None:
+        report.save(folder)
+
+
+def _push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    # Transformers takes the README that is in the repository, or makes up one that does not mention the import. So ours
+    # goes first, if there is none.
+    options = {key: kwargs[key] for key in ("token", "private") if key in kwargs}
+    repo_id = create_repo(repo_id, exist_ok=True, **options).repo_id
+    token, revision = kwargs.get("token"), kwargs.get("revision")
+    api = HfApi(token=token)
+    if getattr(self, "hf_quantizer", None) is not None and not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        card = model_card(
+            self.config.quantization_config.to_dict(), self.quantization_report, repo_id, tags=kwargs.get("tags")
+        )
+        api.upload_file(
+            path_or_fileobj=card.encode(),
+            path_in_repo=CARD_FILE,
+            repo_id=repo_id,
+            revision=revision,
+            create_pr=None,
+            commit_message="Add model card",
+        )
+    return type(self).push_to_hub(self, repo_id, *args, **kwargs)
+
+
+def check_output_folder(folder: str | os.PathLike) -> Path:
+    """The folder as a path, if it is empty or does not exist yet.
+
+    Raises:
+        OutputFolderError: There is something in it.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise OutputFolderError(f"{path} exists and is not an empty folder. Remove it, or choose another output folder.")
+    return path
+
+
+def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
+    """Save a model (and its tokenizer) into a new folder, all or nothing.
+
+    Everything is written to a temporary folder beside it, which takes its place at the end; an interrupted save leaves
+    nothing behind that looks like a model.
+
+    Raises:
+        OutputFolderError: The folder exists and is not empty.
+    """
+    target = check_output_folder(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        # Named like the target, because the model card shows the folder's name.
+        staged = temporary / target.name
+        model.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if target.exists():
+            target.rmdir()
+        staged.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target

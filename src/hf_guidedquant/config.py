@@ -1,0 +1,244 @@
+"""What to do and with which data: :class:`GuidedQuantConfig`."""
+
+import copy
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+QUANT_METHOD = "guidedquant"
+FORMAT_VERSION = "1.0"
+METHODS = ("lnq", "squeezellm", "rtn")
+OVERRIDABLE = ("bits", "method")
+
+# Fields that are written to config.json. Everything else concerns one run and never reaches a file.
+PERSISTED = (
+    "format_version",
+    "bits",
+    "method",
+    "guided",
+    "num_groups",
+    "lnq_iterations",
+    "lnq_cycles",
+    "kmeans_iterations",
+    "modules_to_not_convert",
+    "modules",
+    "provenance",
+)
+
+
+@dataclass(kw_only=True, repr=False)
+class GuidedQuantConfig(QuantizationConfigMixin):
+    """How to quantize a language model, and on which calibration data.
+
+    Args:
+        bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries.
+        method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"squeezellm"`` (weighted k-means)
+            or ``"rtn"`` (uniform round-to-nearest, needs no data).
+        guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
+            layer-wise objective.
+        num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
+            outputs need not divide by it.
+        lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
+        lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
+        kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.
+        modules_to_not_convert: Names or glob patterns of modules to leave in full precision, besides the output head
+            and the embeddings, which always stay.
+        overrides: Settings of single modules by name or glob pattern, e.g. ``{"*.down_proj": {"bits": 4}}``. Keys:
+            ``bits``, ``method``. A later entry wins over an earlier one.
+        dataset: Calibration data: ``"builtin"`` (shipped with the package), ``"wikitext2"``, ``"c4"``, ``"redpajama"``
+            (through `datasets`), the path of a text file, a list of texts, a list of chats, a ``datasets.Dataset``, or
+            a list of 1-D LongTensors of token ids, which are used as they are.
+        tokenizer: Tokenizer object, or the name or folder of one. Default: the model's own.
+        num_samples: Calibration rows to use at most. 1-1,000,000.
+        seq_len: Tokens per calibration row. 2-1,048,576; cut to the model's context length.
+        seed: Seed of every random choice. 0 to 2**63 - 1.
+        hessian_memory: GiB that the Hessians of one pass over the data may take. Layers that do not fit wait for a
+            further pass. Default: 40 % of the memory that is free on their device.
+        gradient_checkpointing: Keep only one decoder block's activations during the backward pass. Default: only if
+            the activations of one row would take more than a quarter of the free memory.
+        cache_dequantized: Keep a dense copy of every quantized weight in memory beside the packed one. A CPU then
+            generates at the dense model's speed, for the dense model's memory. Not saved with the model.
+        modules: Filled in by quantization: module name -> its bits and codebook dtype.
+        provenance: Filled in by quantization: calibration source, its hash, row count, seed and versions.
+        format_version: Version of the file format. A newer major version is refused.
+
+    Raises:
+        ConfigError: A value is outside its range. The message names the field and the range.
+    """
+
+    bits: int = 4
+    method: str = "lnq"
+    guided: bool = True
+    num_groups: int = 1
+    lnq_iterations: int = 2
+    lnq_cycles: int = 4
+    kmeans_iterations: int = 50
+    modules_to_not_convert: list[str] | None = None
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dataset: Any = "builtin"
+    tokenizer: Any = None
+    num_samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    hessian_memory: float | None = None
+    gradient_checkpointing: bool | None = None
+    cache_dequantized: bool = False
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.quant_method != QUANT_METHOD:
+            raise ConfigError("quant_method", self.quant_method, repr(QUANT_METHOD))
+        check_bits("bits", self.bits)
+        check_method("method", self.method)
+        _check_int("num_groups", self.num_groups, 1, 1024)
+        _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
+        _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
+        _check_int("kmeans_iterations", self.kmeans_iterations, 0, 1000)
+        _check_int("num_samples", self.num_samples, 1, 1_000_000)
+        _check_int("seq_len", self.seq_len, 2, 2**20)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_bool("guided", self.guided)
+        _check_bool("cache_dequantized", self.cache_dequantized)
+        if self.gradient_checkpointing is not None:
+            _check_bool("gradient_checkpointing", self.gradient_checkpointing)
+        _check_gibibytes("hessian_memory", self.hessian_memory)
+        _check_patterns("modules_to_not_convert", self.modules_to_not_convert)
+        _check_overrides(self.overrides)
+        _check_format_version(self.format_version)
+        for name in ("modules", "provenance"):
+            if not isinstance(getattr(self, name), dict):
+                raise ConfigError(name, getattr(self, name), "a dictionary (it is filled in by quantization)")
+
+    @classmethod
+    def from_dict(  # type: ignore[override]
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "GuidedQuantConfig | tuple[GuidedQuantConfig, dict[str, Any]]":
+        """Read a config, from a checkpoint or from a user's own dictionary.
+
+        A checkpoint's config (it lists its ``modules``) can only set what is saved: a dataset, tokenizer or pattern
+        in it is ignored, so that loading never fetches anything. Unknown keys are ignored with a warning.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        is_checkpoint = bool(config_dict.get("modules"))
+        accepted = {*PERSISTED, "quant_method"} if is_checkpoint else known
+        ignored = sorted(str(key) for key in config_dict if key not in accepted)
+        if ignored:
+            logger.warning("Ignoring unknown or run-only keys of a guidedquant config: %s", ", ".join(ignored))
+        config = cls(**{key: value for key, value in config_dict.items() if key in accepted})
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The persisted part, as it stands in ``config.json``. Texts, paths and tokenizers are never in it."""
+        saved = {"quant_method": QUANT_METHOD}
+        return saved | {name: copy.deepcopy(getattr(self, name)) for name in PERSISTED}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GuidedQuantConfig":
+        # transformers deep-copies the model config that this one hangs on; a tokenizer or a generator of texts must
+        # be shared, not copied.
+        new = copy.copy(self)
+        for name in ("modules", "provenance", "overrides", "modules_to_not_convert"):
+            setattr(new, name, copy.deepcopy(getattr(self, name), memo))
+        return new
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Settings that a user may pass when loading a model that is quantized already."""
+        return {"cache_dequantized": self.cache_dequantized}
+
+    def for_module(self, name: str) -> dict[str, Any]:
+        """``bits`` and ``method`` of the module called ``name``, overrides applied."""
+        settings: dict[str, Any] = {"bits": self.bits, "method": self.method}
+        for pattern, values in self.overrides.items():
+            if matches(name, pattern):
+                settings |= values
+        return settings
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` means the module ``name``: its full name, its last parts, a parent of it, or a glob."""
+    return (
+        name == pattern
+        or name.endswith("." + pattern)
+        or name.startswith(pattern + ".")
+        or f".{pattern}." in name
+        or fnmatchcase(name, pattern)
+    )
+
+
+def check_bits(field_name: str, value: object) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is an integer from 1 to 8."""
+    _check_int(field_name, value, 1, 8)
+
+
+def check_method(field_name: str, value: object) -> None:
+    """Raise :class:`ConfigError` unless ``value`` names a method."""
+    if value not in METHODS:
+        raise ConfigError(field_name, value, "one of " + ", ".join(map(repr, METHODS)))
+
+
+def _check_int(field_name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(field_name, value, f"an integer from {low:,} to {high:,}")
+
+
+def _check_bool(field_name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(field_name, value, "True or False")
+
+
+def _check_gibibytes(field_name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(field_name, value, "None or a positive number of GiB")
+
+
+def _check_patterns(field_name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(p, str) and p for p in value)):
+        raise ConfigError(field_name, value, "None or a list of module names or glob patterns")
+
+
+def _check_overrides(overrides: object) -> None:
+    allowed = 'a dictionary like {"*.down_proj": {"bits": 4}} with the keys ' + " and ".join(OVERRIDABLE)
+    if not isinstance(overrides, dict):
+        raise ConfigError("overrides", overrides, allowed)
+    for pattern, values in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(values, dict) or not set(values) <= set(OVERRIDABLE):
+            raise ConfigError("overrides", {pattern: values}, allowed)
+        if "bits" in values:
+            check_bits(f"overrides[{pattern!r}]['bits']", values["bits"])
+        if "method" in values:
+            check_method(f"overrides[{pattern!r}]['method']", values["method"])
+
+
+def _check_format_version(version: object) -> None:
+    major = str(version).split(".")[0]
+    if not major.isdigit():
+        raise ConfigError("format_version", version, f"a version like {FORMAT_VERSION!r}")
+    if int(major) > int(FORMAT_VERSION.split(".")[0]):
+        raise CheckpointError(
+            f"This model was saved in guidedquant format {version}; this version of hf-guidedquant reads up to "
+            f"{FORMAT_VERSION}. Upgrade it: pip install -U hf-guidedquant"
+        )
+
+
+def is_path(dataset: object) -> bool:
+    """Whether a ``dataset`` value names an existing file."""
+    return isinstance(dataset, str | os.PathLike) and os.path.isfile(dataset)

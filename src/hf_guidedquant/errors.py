@@ -1,0 +1,64 @@
+"""Named errors. Each message says what was found, what is allowed, and what to do."""
+
+from collections.abc import Iterable
+
+
+class GuidedQuantError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(GuidedQuantError, ValueError):
+    """A field of :class:`GuidedQuantConfig` has a value outside its range."""
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        super().__init__(f"GuidedQuantConfig.{field} = {value!r} is not allowed; it must be {allowed}.")
+        self.field, self.value, self.allowed = field, value, allowed
+
+
+class CalibrationError(GuidedQuantError, ValueError):
+    """The calibration data cannot be used: nothing left, unknown kind, or too many bad rows."""
+
+
+class TokenizerMissingError(CalibrationError):
+    """Calibration texts were given, but no tokenizer to read them with."""
+
+
+class ModelError(GuidedQuantError, ValueError):
+    """The model cannot be quantized as it is."""
+
+
+class NoLinearLayersError(ModelError):
+    """Nothing in the model can be quantized under this config."""
+
+
+class AlreadyQuantizedError(ModelError):
+    """The model was quantized before, by this or by another method."""
+
+
+class NonFiniteWeightError(ModelError):
+    """A weight to be quantized holds NaN or infinity."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        names = list(layers)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        super().__init__(
+            f"NaN or infinite weights in: {shown}. Load an intact checkpoint, or leave these layers in full precision "
+            f"with modules_to_not_convert=[{names[0]!r}, ...]."
+        )
+        self.layers = names
+
+
+class HessianError(GuidedQuantError, ArithmeticError):
+    """A layer's statistics are unusable."""
+
+    def __init__(self, layer: str, problem: str, remedy: str) -> None:
+        super().__init__(f"Hessian of {layer}: {problem}. {remedy}")
+        self.layer = layer
+
+
+class CheckpointError(GuidedQuantError, ValueError):
+    """A saved model does not hold what its config promises."""
+
+
+class OutputFolderError(GuidedQuantError, FileExistsError):
+    """The folder to write to exists and is not empty."""

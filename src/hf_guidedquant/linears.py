@@ -1,0 +1,24 @@
+"""What counts as a linear layer, and what its weight looks like."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a plain linear layer: ``nn.Linear`` or GPT-2's transposed ``Conv1D``.
+
+    Subclasses are left alone: their owners may use the weight in ways of their own.
+    """
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """``(out_features, in_features)`` of a linear layer."""
+    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as ``[out_features, in_features]``."""
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -1,0 +1,45 @@
+"""Put quantized layers in a model where linear ones are, and back."""
+
+import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+from .guided_linear import GuidedLinear
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``name`` is; accelerate's hooks, which place activations on devices, move along."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, child)
+    hook = getattr(old, "_hf_hook", None)
+    new.train(old.training)
+    if hook is not None:
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
+    setattr(parent, child, new)
+
+
+def quantized_modules(model: nn.Module) -> dict[str, GuidedLinear]:
+    """All quantized layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GuidedLinear)}
+
+
+def cache_dequantized(model: nn.Module, enabled: bool = True) -> None:
+    """Keep dense copies of all quantized weights in memory (or drop them).
+
+    Generation on a CPU then runs at the dense model's speed. It costs the dense model's memory besides the packed one,
+    taken layer by layer during the first forward pass. What is saved does not change.
+    """
+    for module in quantized_modules(model).values():
+        module.cache_dequantized(enabled)
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantized layer by a dense ``nn.Linear`` in ``dtype``."""
+    for name, module in quantized_modules(model).items():
+        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+        if module.bias is not None:
+            dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        replace_module(model, name, dense)

@@ -1,0 +1,150 @@
+"""What will be quantized, how, and what it will weigh. A model on the meta device is enough."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import GuidedQuantConfig, matches
+from .errors import NoLinearLayersError
+from .formats import lut as lut_format
+from .linears import is_linear, linear_shape
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision about one linear layer.
+
+    Attributes:
+        name: Module name in the model.
+        out_features, in_features: Shape of the weight.
+        bits, method: Settings after overrides.
+        num_groups: Groups of outputs that share a Hessian; 1 unless the objective is guided.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    method: str
+    num_groups: int
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+    @property
+    def packed_bytes(self) -> int:
+        """Codes and fp16 codebook."""
+        specs = lut_format.declare(self.out_features, self.in_features, self.bits, torch.float16)
+        return sum(spec.nbytes for spec in specs.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every weight matrix of a model: quantized as planned, or left alone for a reason.
+
+    Attributes:
+        layers: The layers to quantize, in model order.
+        skipped: Name -> reason, for every weight of two or more dimensions that stays in full precision.
+        dense_bytes: Size of all parameters before.
+        quantized_bytes: Size of all parameters after, codebooks included.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    skipped: dict[str, str]
+    dense_bytes: int
+    quantized_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits per quantized weight, codebooks included."""
+        return 8 * sum(layer.packed_bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
+
+
+def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
+    """Decide for every layer of ``model`` whether and how it is quantized.
+
+    Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules
+    share, and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such
+    as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning.
+
+    Raises:
+        NoLinearLayersError: Nothing is left to quantize.
+    """
+    layers: list[LayerPlan] = []
+    skipped: dict[str, str] = {}
+    unhandled: list[str] = []
+    owners = _owners(model)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            weight_name = f"{name}.{key}" if name else key
+            reason = _skip_reason(name, module, parameter, owners, config, is_head=module is head)
+            if reason is None:
+                settings = config.for_module(name)
+                groups = config.num_groups if config.guided else 1
+                layers.append(LayerPlan(name, *linear_shape(module), **settings, num_groups=groups))
+                continue
+            skipped[weight_name] = reason
+            if reason.startswith("unsupported"):
+                unhandled.append(f"{weight_name} {list(parameter.shape)}")
+    if unhandled:
+        more = f" and {len(unhandled) - _SHOWN} more" if len(unhandled) > _SHOWN else ""
+        logger.warning(
+            "These weights cannot be quantized and stay in full precision: %s%s.", ", ".join(unhandled[:_SHOWN]), more
+        )
+    if not layers:
+        raise NoLinearLayersError(
+            f"{type(model).__name__} has no linear layer to quantize"
+            + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
+        )
+    return Plan(tuple(layers), skipped, *_sizes(model, layers))
+
+
+def _skip_reason(
+    name: str,
+    module: nn.Module,
+    parameter: nn.Parameter,
+    owners: dict[int, list[str]],
+    config: GuidedQuantConfig,
+    is_head: bool,
+) -> str | None:
+    if is_head:
+        return "output head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if any(matches(name, pattern) for pattern in config.modules_to_not_convert or ()):
+        return "modules_to_not_convert"
+    if not is_linear(module):
+        return f"unsupported: {type(module).__name__} is no plain linear layer"
+    shared = [owner for owner in owners[id(parameter)] if owner != name]
+    if shared:
+        return f"weight is shared with {', '.join(shared)}"
+    return None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Parameter -> names of all modules that hold it, aliases of one module included."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _sizes(model: nn.Module, layers: list[LayerPlan]) -> tuple[int, int]:
+    dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    saved = 0
+    for layer in layers:
+        weight = model.get_submodule(layer.name).weight
+        saved += weight.numel() * weight.element_size() - layer.packed_bytes  # type: ignore[operator, union-attr]
+    return dense, dense - saved

@@ -1,0 +1,217 @@
+"""The glue to Transformers: :class:`GuidedQuantizer` turns its hooks into calls of the pipeline."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from . import checkpoint, pipeline
+from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
+from .errors import CheckpointError, ModelError
+from .formats.lut import TensorSpec
+from .linears import is_linear, linear_shape
+from .nn import GuidedLinear, cache_dequantized, dequantize_model, quantized_modules, replace_module
+
+logger = logging.getLogger(__name__)
+
+_LUT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+def quantize(model: Any, config: GuidedQuantConfig) -> Any:
+    """Quantize a loaded model in place; the same result as ``from_pretrained(..., quantization_config=config)``.
+
+    Args:
+        model: A Transformers language model on any devices, in fp32, bf16 or fp16.
+        config: What to do. It is copied, not changed.
+
+    Returns:
+        The model. It saves, pushes and generates like any other; ``model.quantization_report`` tells what was done.
+
+    Raises:
+        GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then.
+    """
+    quantizer = GuidedQuantizer(config, pre_quantized=False)
+    quantizer.calibrate_and_swap(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+    model.config._is_quantized = True
+    return model
+
+
+class GuidedQuantizer(HfQuantizer):
+    """Quantizes a model after its weights are loaded, or prepares one for weights that are quantized already."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: GuidedQuantConfig, **kwargs: Any) -> None:
+        # A copy, because quantization fills in the modules and the provenance.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # type: ignore[arg-type]
+        self.quantization_config: GuidedQuantConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            return
+        if torch.is_inference_mode_enabled():
+            raise ModelError(
+                "Quantization needs gradients of activations, which torch.inference_mode() forbids. "
+                "Call from_pretrained outside of it (torch.no_grad() is fine)."
+            )
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ModelError(
+                f"The device map offloads parts of the model ({', '.join(sorted(places))}), so they cannot be quantized. "
+                'Load the model whole: device_map="cpu", or a device map of GPUs only.'
+            )
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        """Leave room for Hessians beside the full-precision weights."""
+        if self.pre_quantized:
+            return max_memory
+        return {key: int(value * 0.8) if isinstance(value, int) else value for key, value in max_memory.items()}
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        modules = _resolve_modules(model, self.quantization_config)
+        for name, (bits, lut_dtype) in modules.items():
+            old = model.get_submodule(name)
+            out_features, in_features = linear_shape(old)
+            bias = old.bias is not None
+            dtype = old.bias.dtype if bias else None
+            new = GuidedLinear(
+                in_features, out_features, bits, bias, lut_dtype=lut_dtype, dtype=dtype, device=old.weight.device
+            )
+            replace_module(model, name, new)
+        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            _preflight(model, self.quantization_config, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            self.calibrate_and_swap(model)
+            return
+        for module in quantized_modules(model).values():
+            module.requires_grad_(False)
+        checkpoint.check_codebooks(model)
+        cache_dequantized(model, self.quantization_config.cache_dequantized)
+        checkpoint.attach_saving(model, report=None)
+
+    def calibrate_and_swap(self, model: Any) -> None:
+        """Run the pipeline on a loaded model and leave it as a quantized one."""
+        report = pipeline.run(model, self.quantization_config)
+        model.config.quantization_config = self.quantization_config
+        cache_dequantized(model, self.quantization_config.cache_dequantized)
+        checkpoint.attach_saving(model, report)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        dequantize_model(model, dtype or model.config.dtype)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
+        """Our tensors are loaded as they are, so the model's own conversions need no changes."""
+        return weight_conversions
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients reach the activations, so adapters can be trained on top; codes and codebooks stay frozen."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[int, torch.dtype]]:
+    """Module name in this model -> bits and codebook dtype, for every module that the config lists.
+
+    A checkpoint of a causal language model can be loaded as its bare body, and the other way round: names then differ
+    by the body's prefix, and the head's names do not exist.
+    """
+    if not config.modules:
+        raise CheckpointError("config.json lists no quantized modules; it was not written by hf-guidedquant.")
+    known = dict(model.named_modules())
+    resolved = {}
+    absent = []
+    for saved_name, settings in config.modules.items():
+        bits, lut_dtype = _module_settings(saved_name, settings)
+        name = next((n for n in _aliases(model, saved_name) if n in known), None)
+        if name is None:
+            absent.append(saved_name)
+            continue
+        if not is_linear(known[name]):
+            raise CheckpointError(f"{saved_name} is quantized in the checkpoint, but a {type(known[name]).__name__} here.")
+        resolved[name] = (bits, lut_dtype)
+    if not resolved:
+        raise CheckpointError(
+            f"None of the checkpoint's quantized modules (first: {absent[0]}) exists in {type(model).__name__}."
+        )
+    return resolved
+
+
+def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"config.json: modules[{name!r}] is {settings!r}; it must be like {{'bits': 3}}.")
+    check_bits(f"modules[{name!r}]['bits']", settings.get("bits"))
+    lut_dtype = settings.get("lut_dtype", "float16")
+    if lut_dtype not in _LUT_DTYPES:
+        raise CheckpointError(f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r}; it must be float16 or float32.")
+    return settings["bits"], _LUT_DTYPES[lut_dtype]
+
+
+def _aliases(model: Any, name: str) -> Iterable[str]:
+    prefix = getattr(model, "base_model_prefix", "")
+    yield name
+    if prefix:
+        yield name.removeprefix(prefix + ".")
+        yield f"{prefix}.{name}"
+
+
+def _preflight(model: Any, config: GuidedQuantConfig, files: Iterable[Any]) -> None:
+    found = checkpoint.read_headers(files)
+    same_class = type(model).__name__ in (model.config.architectures or ())
+    converted = bool(getattr(model, "_checkpoint_conversion_mapping", None))
+
+    def saved_name(name: str) -> str:
+        return next((alias for alias in _aliases(model, name) if alias in found), name)
+
+    quantized = {
+        saved_name(f"{name}.{key}"): TensorSpec(tuple(tensor.shape), tensor.dtype)
+        for name, module in quantized_modules(model).items()
+        for key, tensor in module.named_parameters()
+    }
+    # Under the class that was saved, the checkpoint must hold the model's tensors, all of them and no others.
+    others = None
+    if same_class and not converted:
+        layers = set(quantized_modules(model))
+        others = {
+            name: TensorSpec(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in model.state_dict().items()
+            if name.rpartition(".")[0] not in layers
+        }
+    checkpoint.preflight(files, quantized, others, ignore=_tied(model))
+
+
+def _tied(model: Any) -> set[str]:
+    """Names that a checkpoint need not hold, because they are tied to another."""
+    keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
+    return set(keys) | (set(keys.values()) if isinstance(keys, dict) else set())
+
+
+def register() -> None:
+    """Make ``quant_method: "guidedquant"`` known to Transformers. Safe to call more than once."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = GuidedQuantConfig
+    auto.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = GuidedQuantizer
+    # Config classes whose loading attributes from_pretrained honours for models that are quantized already.
+    types = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)
+    if isinstance(types, tuple) and GuidedQuantConfig not in types:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*types, GuidedQuantConfig)
+
+
+__all__ = ["GuidedQuantizer", "quantize", "register"]

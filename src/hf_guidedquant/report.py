@@ -1,0 +1,172 @@
+"""What a run did: per layer and in total, as JSON beside the model and as a table for the reader."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .plan import LayerPlan
+
+REPORT_FILE = "guidedquant_report.json"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        plan: Shape and settings.
+        objectives: Stage -> ``Σ (ŵ - w)ᵀ H (ŵ - w)`` relative to ``Σ wᵀ H w`` (without data: relative squared error).
+        scale: Mean diagonal of the Hessian before it was normalised (0 without data).
+        damping, dead_inputs, fallback: What the Hessian needed; see ``solvers.hessian.Conditioning``.
+        bad_rows: Calibration rows left out of this layer's statistics.
+        lut_dtype: Dtype of the stored codebook.
+    """
+
+    plan: LayerPlan
+    objectives: dict[str, float]
+    scale: float = 0.0
+    damping: float = 0.0
+    dead_inputs: int = 0
+    fallback: str | None = None
+    bad_rows: int = 0
+    lut_dtype: str = "float16"
+
+
+@dataclass
+class Report:
+    """A run of the quantizer. ``save`` writes it beside the model; ``table`` is what the log shows.
+
+    Attributes:
+        model: Class of the model.
+        settings: The persisted config.
+        layers: One entry per quantized layer.
+        skipped: Weights left in full precision -> reason.
+        dense_bytes, quantized_bytes: Size of all parameters before and after.
+        bits_per_weight: Mean over the quantized weights, codebooks included.
+        seconds: Stage -> time.
+        measured: Anything measured on the model afterwards, e.g. ``{"perplexity": 23.1}``.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    layers: list[LayerReport]
+    skipped: dict[str, str]
+    dense_bytes: int
+    quantized_bytes: int
+    bits_per_weight: float
+    seconds: dict[str, float]
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = []
+        for layer in self.layers:
+            entry = asdict(layer)
+            layers.append({**entry.pop("plan"), **entry})
+        return {**asdict(self), "layers": layers}
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write ``guidedquant_report.json`` into ``folder``."""
+        with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1)
+            file.write("\n")
+
+    def table(self) -> str:
+        """The summary: a line per kind of layer (same last name, shape, bits), then the totals."""
+        kinds: dict[tuple, list[LayerReport]] = {}
+        for layer in self.layers:
+            plan = layer.plan
+            key = (plan.name.rpartition(".")[2], plan.out_features, plan.in_features, plan.bits, plan.method)
+            kinds.setdefault(key, []).append(layer)
+        stages = list(dict.fromkeys(stage for layer in self.layers for stage in layer.objectives))
+        header = ["layer", "count", "out x in", "bits", "method", *(f"error: {stage}" for stage in stages)]
+        rows = [header]
+        for (name, out, inp, bits, method), members in kinds.items():
+            means = [_mean([m.objectives[s] for m in members if s in m.objectives]) for s in stages]
+            rows.append([name, str(len(members)), f"{out} x {inp}", str(bits), method, *means])
+        lines = _align(rows)
+        lines.append(
+            f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; whole model "
+            f"{_megabytes(self.dense_bytes)} -> {_megabytes(self.quantized_bytes)} "
+            f"({self.dense_bytes / self.quantized_bytes:.2f}x smaller)"
+        )
+        repaired = [
+            f"{len([x for x in self.layers if test(x)])} {what}"
+            for what, test in _REPAIRS.items()
+            if any(test(layer) for layer in self.layers)
+        ]
+        if repaired:
+            lines.append("layers with " + ", ".join(repaired))
+        lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
+        return "\n".join(lines)
+
+
+_REPAIRS = {
+    "dead inputs": lambda layer: layer.dead_inputs > 0,
+    "damped Hessians": lambda layer: layer.damping > 0,
+    "no usable Hessian": lambda layer: layer.fallback is not None,
+    "calibration rows left out": lambda layer: layer.bad_rows > 0,
+}
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.5f}" if values else ""
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str, tags: list[str] | None = None) -> str:
+    """The README of a saved model: how to load it, what it is, how it was made."""
+    provenance = settings.get("provenance", {})
+    base = provenance.get("base_model")
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if base:
+        front += [f"base_model: {base}", "base_model_relation: quantized"]
+    front += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(["guidedquant", f"{settings['bits']}-bit", *(tags or [])])), "---"]
+    lines = [
+        *front,
+        "",
+        f"# {repo_id.rpartition('/')[2] or repo_id}",
+        "",
+        f"{settings['bits']}-bit language model, quantized with "
+        "[hf-guidedquant](https://pypi.org/project/hf-guidedquant/)" + (f" from `{base}`." if base else "."),
+        "",
+        "**`import hf_guidedquant` before loading it.** Without the import Transformers does not know the format and "
+        "stops with a size mismatch of the `weight` tensors.",
+        "",
+        "```bash",
+        "pip install hf-guidedquant",
+        "```",
+        "",
+        "```python",
+        "import hf_guidedquant  # registers the format with Transformers",
+        "from transformers import pipeline",
+        "",
+        f'generator = pipeline("text-generation", model="{repo_id}")',
+        'print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])',
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| method | {settings['method']}{', guided by the end loss' if settings['guided'] else ''} |",
+    ]
+    if report is not None:
+        lines += [
+            f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
+            f"| size | {_megabytes(report.quantized_bytes)} (before: {_megabytes(report.dense_bytes)}) |",
+        ]
+        lines += [f"| {name} | {value} |" for name, value in report.measured.items()]
+    if provenance.get("calibration"):
+        lines.append(
+            f"| calibration | {provenance['calibration']}: {provenance['rows']} rows, {provenance['tokens']:,} tokens "
+            f"(sha256 `{provenance['sha256'][:16]}…`), seed {provenance['seed']} |"
+        )
+    return "\n".join(lines) + "\n"

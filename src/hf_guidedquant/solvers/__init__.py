@@ -1,0 +1,17 @@
+"""From a weight matrix and its Hessian to codes and codebooks. Solvers know nothing of models, files or packing.
+
+Every solver is a function ``solve(weight, hessian, spec) -> Solution`` over a batch of independent problems:
+``weight [G, R, K]`` is G groups of R rows that share the Hessian ``hessian [G, K, K]`` (or its diagonal ``[G, K]``,
+or None, whichever the table below says). A new method is one file and one row.
+"""
+
+from . import kmeans, lnq, rtn
+from .base import Method, Solution, SolverSpec
+
+SOLVERS: dict[str, Method] = {
+    "lnq": Method(lnq.solve, statistics="hessian"),
+    "squeezellm": Method(kmeans.solve, statistics="diagonal"),
+    "rtn": Method(rtn.solve, statistics="none"),
+}
+
+__all__ = ["SOLVERS", "Method", "Solution", "SolverSpec"]

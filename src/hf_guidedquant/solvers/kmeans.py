@@ -1,0 +1,122 @@
+"""Weighted one-dimensional k-means, every row by itself (SqueezeLLM, Kim et al. 2024).
+
+Minimises ``Σ_i h_i (w_i - c[q_i])²`` per row, ``h`` the diagonal of the row's Hessian. Deterministic, and close to the
+optimum: exact dynamic programming over a few dozen runs of the sorted weights gives the start (the optimum itself where
+a row has no more weights than runs), and Lloyd's iteration takes it to a local optimum of all weights. On sorted
+weights with running sums a Lloyd iteration costs one binary search per centroid, not a pass over the row.
+"""
+
+import torch
+from torch import Tensor
+
+from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
+
+_RUNS = 48
+# Elements of the float64 work arrays of one chunk of rows.
+_CHUNK = 1 << 24
+
+
+def solve(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> Solution:
+    """Quantize ``weight [G, R, K]`` under per-input importance ``diagonal [G, K]`` (None: all equal)."""
+    codes, codebook = cluster(weight, diagonal, spec)
+    codebook = round_codebook(codebook, spec.codebook_dtype)
+    codes = nearest(codebook, weight)
+    objective = row_objective(weight, codebook.gather(-1, codes), diagonal)
+    return Solution(codes.to(torch.uint8), codebook.to(spec.codebook_dtype), {"kmeans": objective})
+
+
+def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[Tensor, Tensor]:
+    """Codes int64 ``[G, R, K]`` and ascending centroids ``[G, R, 2**bits]`` in weight's dtype, not yet rounded."""
+    groups, rows, inputs = weight.shape
+    if diagonal is None:
+        diagonal = weight.new_ones(groups, inputs)
+    importance = diagonal.unsqueeze(1).expand_as(weight).reshape(-1, inputs)
+    flat = weight.reshape(-1, inputs)
+    step = max(1, _CHUNK // max(inputs, _RUNS**2))
+    centroids = [
+        _cluster_rows(flat[i : i + step], importance[i : i + step], spec.levels, spec.kmeans_iterations)
+        for i in range(0, flat.shape[0], step)
+    ]
+    codebook = torch.cat(centroids).to(weight.dtype).view(groups, rows, spec.levels)
+    return nearest(codebook, weight), codebook
+
+
+def _cluster_rows(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> Tensor:
+    """Ascending centroids, fp64 ``[rows, levels]``, of ``weight`` and ``importance``, both ``[rows, K]``."""
+    values, order = weight.sort(dim=-1, stable=True)
+    mass = importance.gather(-1, order).double()
+    centre = (mass * values).sum(dim=-1, keepdim=True) / mass.sum(dim=-1, keepdim=True)
+    values = values - centre
+    # Centring keeps the differences of running sums accurate. Running sums have a leading zero: the sum over sorted positions [i, j) is sums[j] - sums[i].
+    sums = torch.stack([mass, mass * values, mass * values.square()])
+    sums = torch.nn.functional.pad(sums.cumsum(dim=-1), (1, 0))
+    edges = _optimal_edges(sums, _run_edges(values, mass), levels)
+    centroids = _centroids(sums, edges, fallback=None)
+    for _ in range(iterations):
+        edges = torch.nn.functional.pad(
+            torch.searchsorted(values, (centroids[:, 1:] + centroids[:, :-1]) / 2), (1, 1), value=0
+        )
+        edges[:, -1] = values.shape[1]
+        moved = _centroids(sums, edges, fallback=centroids)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids + centre
+
+
+def _run_edges(values: Tensor, mass: Tensor) -> Tensor:
+    """Cut every sorted row into runs: int64 ``[rows, runs + 1]`` positions from 0 to K.
+
+    The runs hold equal shares of ``h^(1/3) Δ^(2/3)`` (Δ the gap to the neighbour), whose density is the optimal density
+    of quantization points (Panter and Dite 1951), so the tails are cut as finely as the optimum needs.
+    """
+    rows, inputs = values.shape
+    if inputs <= _RUNS:
+        return torch.arange(inputs + 1, device=values.device).expand(rows, -1)
+    gaps = torch.nn.functional.pad(values.diff(dim=-1), (1, 0))
+    share = (mass / mass.mean(dim=-1, keepdim=True)).pow(1 / 3) * gaps.pow(2 / 3)
+    # A small even share keeps constant rows and repeated values well defined.
+    share = share + share.mean(dim=-1, keepdim=True) * 1e-3 + torch.finfo(share.dtype).tiny
+    position = share.cumsum(dim=-1)
+    cuts = torch.linspace(0, 1, _RUNS + 1, device=values.device, dtype=values.dtype)[1:-1]
+    inner = torch.searchsorted(position, position[:, -1:] * cuts)
+    edges = torch.nn.functional.pad(inner, (1, 1), value=0)
+    edges[:, -1] = inputs
+    return edges
+
+
+def _optimal_edges(sums: Tensor, edges: Tensor, levels: int) -> Tensor:
+    """Cluster boundaries among ``edges`` that minimise the weighted squared error, by dynamic programming."""
+    at = sums.gather(-1, edges.expand(3, -1, -1))  # [3, rows, E]
+    mass, first, second = at.unsqueeze(-1) - at.unsqueeze(-2)  # [rows, E, E]: the run from the 2nd to the 1st index
+    cost = second - first.square() / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+    count = edges.shape[-1]
+    index = torch.arange(count, device=edges.device)
+    # cost[:, j, i]: one cluster over the runs i .. j - 1. Only i <= j is a cluster; an empty one costs nothing.
+    cost = cost.clamp_min_(0).masked_fill_(index.unsqueeze(0) > index.unsqueeze(1), torch.inf).float()
+    total = cost[:, :, 0]
+    came_from = []
+    for _ in range(levels - 1):
+        total, start = (total.unsqueeze(-2) + cost).min(dim=-1)
+        came_from.append(start)
+    last = torch.full((edges.shape[0], 1), count - 1, device=edges.device)
+    chosen = [last]
+    for start in reversed(came_from):
+        last = start.gather(-1, last)
+        chosen.append(last)
+    chosen.append(torch.zeros_like(last))
+    return edges.gather(-1, torch.cat(chosen[::-1], dim=-1))
+
+
+def _centroids(sums: Tensor, edges: Tensor, fallback: Tensor | None) -> Tensor:
+    """Weighted means between neighbouring edges; an empty cluster keeps its place (or its left neighbour's value)."""
+    at = sums[:2].gather(-1, edges.expand(2, -1, -1))
+    mass, first = at.diff(dim=-1)
+    mean = first / mass
+    if fallback is None:
+        # No history yet: repeat the nearest centroid on the left; the first cluster of an optimum is never empty
+        # unless the row needs fewer clusters, then the one on the right.
+        filled = mean.nan_to_num(nan=-torch.inf).cummax(dim=-1).values
+        smallest = mean.nan_to_num(nan=torch.inf).amin(dim=-1, keepdim=True)
+        return torch.maximum(filled, smallest)
+    return torch.where(mass > 0, mean, fallback)

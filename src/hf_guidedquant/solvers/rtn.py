@@ -1,0 +1,16 @@
+"""Round-to-nearest: a uniform grid between every row's smallest and largest weight. The baseline; needs no data."""
+
+import torch
+from torch import Tensor
+
+from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
+
+
+def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
+    """Quantize ``weight [G, R, K]`` to ``2**bits`` evenly spaced values per row."""
+    low, high = weight.aminmax(dim=-1, keepdim=True)
+    position = torch.linspace(0, 1, spec.levels, device=weight.device, dtype=weight.dtype)
+    codebook = round_codebook(low + (high - low) * position, spec.codebook_dtype)
+    codes = nearest(codebook, weight)
+    objective = row_objective(weight, codebook.gather(-1, codes), statistics)
+    return Solution(codes.to(torch.uint8), codebook.to(spec.codebook_dtype), {"rtn": objective})

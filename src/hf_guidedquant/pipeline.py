@@ -29,9 +29,10 @@ from .solvers.hessian import Conditioning, condition
 
 logger = logging.getLogger(__name__)
 
-# Shares of the free memory that Hessians, one row's activations and a batch of solver work may take by default.
-_HESSIAN_SHARE, _ACTIVATION_SHARE = 0.4, 0.25
-_BATCH_BYTES = 1 << 30
+# Shares of the free memory that Hessians, one row's activations and a batch of solver work may take by default. On a
+# CPU larger batches only miss its caches.
+_HESSIAN_SHARE, _ACTIVATION_SHARE, _BATCH_SHARE = 0.4, 0.25, 0.1
+_BATCH_BYTES_CPU = 1 << 30
 
 
 def run(model: nn.Module, config: GuidedQuantConfig) -> Report:
@@ -251,7 +252,9 @@ def _batches(model: nn.Module, window: list[LayerPlan]) -> Iterator[list[LayerPl
     for layers in alike.values():
         one = layers[0]
         work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
-        size = max(1, _BATCH_BYTES // work)
+        device = model.get_submodule(one.name).weight.device
+        free = _BATCH_SHARE * free_memory(device)  # type: ignore[arg-type]
+        size = max(1, int(min(free, _BATCH_BYTES_CPU) if device.type == "cpu" else free) // work)  # type: ignore[union-attr]
         yield from (layers[i : i + size] for i in range(0, len(layers), size))
 
 

@@ -12,6 +12,7 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +21,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.evaluate import perplexity
 
-LADDER = {
+LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "SqueezeLLM": {"method": "squeezellm"},
     "LNQ": {"method": "lnq", "guided": False},
@@ -33,7 +34,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dense = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device)
+    dense: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map=device)
     text = Path(options.evaluation).read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -37,10 +38,10 @@ def convert(folder: str | os.PathLike, gguf: Path | None = None) -> Path:
         return target
     gguf = gguf or packaged_gguf()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    options = {}
+    options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, **options)
     for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)

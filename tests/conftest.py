@@ -3,7 +3,9 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny tensors: a second thread costs more than it does, above all on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

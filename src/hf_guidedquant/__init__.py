@@ -1,7 +1,7 @@
 """2-4 bit language models for Hugging Face Transformers, every weight rounded by what it does to the end loss.
 
-Importing this package registers the method, so that ``from_pretrained`` can quantize with :class:`GuidedQuantConfig` and
-load what was quantized with it.
+Importing this package registers the method, so that ``from_pretrained`` can quantize with :class:`GuidedQuantConfig`
+and load what was quantized with it.
 """
 
 import logging as _logging

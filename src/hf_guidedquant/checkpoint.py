@@ -1,28 +1,21 @@
-"""Reading and writing saved models safely: header pre-flight, companions of the weights, all-or-nothing folders."""
+"""Reading and writing saved models safely: header pre-flight, all-or-nothing folders."""
 
 import json
-import logging
 import os
 import shutil
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, create_repo
 from torch import nn
 
 from .errors import CheckpointError, OutputFolderError
 from .formats.lut import TensorSpec
 from .nn import quantized_modules
-from .report import Report, model_card
 
-logger = logging.getLogger(__name__)
-
-CARD_FILE = "README.md"
 _DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
@@ -55,7 +48,9 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
             except (TypeError, KeyError, IndexError) as error:
                 raise CheckpointError(f"{path.name}: the header entry of {name!r} is malformed.") from error
             if not isinstance(end, int) or end > data_bytes:
-                raise CheckpointError(f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again.")
+                raise CheckpointError(
+                    f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again."
+                )
             found[name] = spec
     return found
 
@@ -88,7 +83,8 @@ def preflight(
 
     Args:
         files: The safetensors files of the checkpoint.
-        quantized: Tensors of the quantized layers, by their name in the checkpoint. Names, shapes and dtypes must match.
+        quantized: Tensors of the quantized layers, by their name in the checkpoint. Names, shapes and dtypes must
+            match.
         others: All other tensors of the model, if the checkpoint must hold exactly those; only names and shapes must
             match, since transformers converts dtypes. None: the model is another head on the same body; not checked.
         ignore: Names that may be missing (tied weights) or left over.
@@ -147,56 +143,6 @@ def check_codebooks(model: nn.Module) -> None:
         raise CheckpointError(f"NaN or infinite codebook in {', '.join(bad[:_SHOWN])}. The checkpoint is damaged.")
 
 
-def attach_saving(model: nn.Module, report: Report | None) -> None:
-    """Make ``save_pretrained`` and ``push_to_hub`` of this model write a model card, and the report of the run.
-
-    Transformers has no hook for files beside the weights, so the two methods are wrapped on the instance. A README
-    that is already in the folder or the repository is left alone.
-    """
-    model.quantization_report = report  # type: ignore[assignment]
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
-    model.push_to_hub = MethodType(_push_to_hub, model)  # type: ignore[assignment]
-
-
-def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if getattr(self, "hf_quantizer", None) is not None and kwargs.get("is_main_process", True):
-        write_companions(self, Path(save_directory))
-    return result
-
-
-def write_companions(model: Any, folder: Path) -> None:
-    """The model card (unless there is a README) and, if the model was quantized in this process, its report."""
-    settings = model.config.quantization_config.to_dict()
-    report: Report | None = getattr(model, "quantization_report", None)
-    if not (folder / CARD_FILE).exists():
-        (folder / CARD_FILE).write_text(model_card(settings, report, folder.name), encoding="utf-8")
-    if report is not None:
-        report.save(folder)
-
-
-def _push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    # Transformers takes the README that is in the repository, or makes up one that does not mention the import. So ours
-    # goes first, if there is none.
-    options = {key: kwargs[key] for key in ("token", "private") if key in kwargs}
-    repo_id = create_repo(repo_id, exist_ok=True, **options).repo_id
-    token, revision = kwargs.get("token"), kwargs.get("revision")
-    api = HfApi(token=token)
-    if getattr(self, "hf_quantizer", None) is not None and not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        card = model_card(
-            self.config.quantization_config.to_dict(), self.quantization_report, repo_id, tags=kwargs.get("tags")
-        )
-        api.upload_file(
-            path_or_fileobj=card.encode(),
-            path_in_repo=CARD_FILE,
-            repo_id=repo_id,
-            revision=revision,
-            create_pr=None,
-            commit_message="Add model card",
-        )
-    return type(self).push_to_hub(self, repo_id, *args, **kwargs)
-
-
 def check_output_folder(folder: str | os.PathLike) -> Path:
     """The folder as a path, if it is empty or does not exist yet.
 
@@ -205,7 +151,9 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     """
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise OutputFolderError(f"{path} exists and is not an empty folder. Remove it, or choose another output folder.")
+        raise OutputFolderError(
+            f"{path} exists and is not an empty folder. Remove it, or choose another output folder."
+        )
     return path
 
 

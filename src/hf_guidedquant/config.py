@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,12 +12,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, ConfigError
+from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "guidedquant"
 FORMAT_VERSION = "1.0"
-METHODS = ("lnq", "squeezellm", "rtn")
+METHODS = tuple(SOLVERS)
 OVERRIDABLE = ("bits", "method")
 
 # Fields that are written to config.json. Everything else concerns one run and never reaches a file.
@@ -97,7 +97,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
-    quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # transformers declares an enum of its own methods
 
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
@@ -124,7 +124,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
                 raise ConfigError(name, getattr(self, name), "a dictionary (it is filled in by quantization)")
 
     @classmethod
-    def from_dict(  # type: ignore[override]
+    def from_dict(
         cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> "GuidedQuantConfig | tuple[GuidedQuantConfig, dict[str, Any]]":
         """Read a config, from a checkpoint or from a user's own dictionary.
@@ -237,8 +237,3 @@ def _check_format_version(version: object) -> None:
             f"This model was saved in guidedquant format {version}; this version of hf-guidedquant reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install -U hf-guidedquant"
         )
-
-
-def is_path(dataset: object) -> bool:
-    """Whether a ``dataset`` value names an existing file."""
-    return isinstance(dataset, str | os.PathLike) and os.path.isfile(dataset)

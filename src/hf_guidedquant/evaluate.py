@@ -15,8 +15,8 @@ from .errors import CalibrationError
 def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 2048) -> float:
     """Perplexity on a text, by the protocol that quantization papers use.
 
-    The whole text is tokenized once, without special tokens, and cut into non-overlapping windows of ``context`` tokens;
-    each window is read by itself, and the result is ``exp`` of the mean negative log-likelihood over the
+    The whole text is tokenized once, without special tokens, and cut into non-overlapping windows of ``context``
+    tokens; each window is read by itself, and the result is ``exp`` of the mean negative log-likelihood over the
     ``context - 1`` predicted tokens of all windows. The rest that does not fill a window is left out, unless the text
     is shorter than one.
 
@@ -32,7 +32,9 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     """
     ids = _token_ids(tokenizer, text_or_dataset)
     if context < 2 or ids.numel() < 2:
-        raise CalibrationError(f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}.")
+        raise CalibrationError(
+            f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}."
+        )
     count = ids.numel() // context
     windows = ids[: count * context].view(count, context) if count else ids.unsqueeze(0)
     device = model.get_input_embeddings().weight.device

@@ -1,5 +1,7 @@
 """What counts as a linear layer, and what its weight looks like."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,13 +14,19 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
+def stored_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear or embedding layer, detached, in the layout that the module stores it in."""
+    weight: Any = module.weight
+    return weight.detach()
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer."""
-    rows, columns = module.weight.shape  # type: ignore[misc, union-attr]
+    rows, columns = stored_weight(module).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
 
 
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as ``[out_features, in_features]``."""
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, operator, union-attr]
+    weight = stored_weight(module)
     return weight.T if isinstance(module, Conv1D) else weight

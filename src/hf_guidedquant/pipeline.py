@@ -3,39 +3,30 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
-from transformers.utils.logging import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
 
-from .calibration import Calibration, LayerStatistics, collect, load_rows, window_memory
-from .calibration.collector import activation_bytes, effective_groups
-from .codes import Codes
-from .config import GuidedQuantConfig
+from .calibration import Calibration, gather, load_rows, windows
+from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError
 from .formats import lut as lut_format
-from .linears import dense_weight
+from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
-from .plan import LayerPlan, Plan, plan
+from .plan import Plan, plan
 from .report import LayerReport, Report
-from .resources import free_memory, reproducible
-from .solvers import SOLVERS, SolverSpec
-from .solvers.hessian import Conditioning, condition
+from .resources import reproducible
+from .solving import solve_layers
 
 logger = logging.getLogger(__name__)
 
-# Shares of the free memory that Hessians, one row's activations and a batch of solver work may take by default. On a
-# CPU larger batches only miss its caches.
-_HESSIAN_SHARE, _ACTIVATION_SHARE, _BATCH_SHARE = 0.4, 0.25, 0.1
-_BATCH_BYTES_CPU = 1 << 30
 
-
-def run(model: nn.Module, config: GuidedQuantConfig) -> Report:
+def run(model: PreTrainedModel, config: GuidedQuantConfig) -> Report:
     """Quantize ``model`` in place and fill in ``config.modules`` and ``config.provenance``.
 
     Nothing of the model changes before every layer is solved.
@@ -47,22 +38,25 @@ def run(model: nn.Module, config: GuidedQuantConfig) -> Report:
     """
     check_model(model)
     layers_plan = plan(model, config)
-    _check_weights(model, layers_plan.layers)
+    _check_weights(model, layers_plan)
     seconds: dict[str, float] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     reports: dict[str, LayerReport] = {}
     with reproducible():
-        calibration = _calibration(model, config, layers_plan, seconds)
-        for window in _windows(model, layers_plan, config):
-            statistics = _collect(model, window, calibration, config, seconds)
-            _solve(model, window, statistics, config, packed, reports, seconds)
+        with _timed("data", seconds):
+            calibration = _calibration(model, config, layers_plan)
+        for window in windows(model, layers_plan.layers, config):
+            with _timed("calibration", seconds):
+                statistics = gather(model, window, calibration, config)
+            with _timed("solving", seconds):
+                for layer, codes, report in solve_layers(model, window, statistics, config):
+                    packed[layer.name], reports[layer.name] = lut_format.encode(codes), report
     for layer in layers_plan.layers:
-        old = model.get_submodule(layer.name)
-        bias: Any = old.bias
+        bias: Any = model.get_submodule(layer.name).bias
         replace_module(model, layer.name, GuidedLinear.from_tensors(packed.pop(layer.name), layer.in_features, bias))
-    config.modules = {layer.name: _persisted(layer, reports[layer.name]) for layer in layers_plan.layers}
+    config.modules = {layer.name: reports[layer.name].settings() for layer in layers_plan.layers}
     config.provenance = _provenance(model, config, calibration)
-    report = Report(
+    summary = Report(
         model=type(model).__name__,
         settings=config.to_dict(),
         layers=[reports[layer.name] for layer in layers_plan.layers],
@@ -72,27 +66,32 @@ def run(model: nn.Module, config: GuidedQuantConfig) -> Report:
         bits_per_weight=layers_plan.bits_per_weight,
         seconds=seconds,
     )
-    logger.info("Quantized %s\n%s", report.model, report.table())
-    return report
+    logger.info("Quantized %s\n%s", summary.model, summary.table())
+    return summary
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def check_model(model: nn.Module) -> None:
     """Refuse what cannot be quantized, before any work: quantized, offloaded or inference-mode models."""
-    other = getattr(getattr(model, "config", None), "quantization_config", None)
-    method = getattr(other, "quant_method", None) or (other.get("quant_method") if isinstance(other, dict) else None)
-    if quantized_modules(model) or (getattr(model, "hf_quantizer", None) is not None and model.hf_quantizer.pre_quantized):  # type: ignore[union-attr]
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    saved: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = saved.get("quant_method") if isinstance(saved, dict) else getattr(saved, "quant_method", None)
+    foreign = method not in (None, QUANT_METHOD)
+    if foreign or quantized_modules(model) or (quantizer is not None and quantizer.pre_quantized):
         raise AlreadyQuantizedError(
-            f"This model is quantized already ({method or 'guidedquant'}). Load the full-precision original instead."
-        )
-    if method not in (None, "guidedquant"):
-        raise AlreadyQuantizedError(
-            f"This model is quantized already ({method}). Load the full-precision original instead."
+            f"This model is quantized already ({method or 'unknown method'}). Load the full-precision original instead."
         )
     offloaded = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if offloaded:
         raise ModelError(
-            f"{len(offloaded)} weights (first: {offloaded[0]}) are offloaded to CPU or disk, so they cannot be quantized. "
-            'Load the model whole: device_map="cpu", or a device map of GPUs only.'
+            f"{len(offloaded)} weights (first: {offloaded[0]}) are offloaded to CPU or disk, so they cannot be "
+            'quantized. Load the model whole: device_map="cpu", or a device map of GPUs only.'
         )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
@@ -101,25 +100,18 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _check_weights(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
-    bad = [x.name for x in layers if not torch.isfinite(model.get_submodule(x.name).weight).all()]  # type: ignore[arg-type]
+def _check_weights(model: nn.Module, layers_plan: Plan) -> None:
+    names = [layer.name for layer in layers_plan.layers]
+    bad = [name for name in names if not torch.isfinite(stored_weight(model.get_submodule(name))).all()]
     if bad:
         raise NonFiniteWeightError(bad)
 
 
-def _statistics_of(layer: LayerPlan) -> str:
-    return SOLVERS[layer.method].statistics
-
-
-def _calibration(
-    model: nn.Module, config: GuidedQuantConfig, layers_plan: Plan, seconds: dict[str, float]
-) -> Calibration | None:
+def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
     """Token rows, if any layer's method needs data."""
-    if all(_statistics_of(layer) == "none" for layer in layers_plan.layers):
+    if all(layer.statistics == "none" for layer in layers_plan.layers):
         return None
-    start = time.perf_counter()
-    text_config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    longest = getattr(text_config, "max_position_embeddings", None) or config.seq_len
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seq_len
     if longest < config.seq_len:
         logger.info("Rows are cut to the model's context of %d tokens (seq_len=%d).", longest, config.seq_len)
     calibration = load_rows(
@@ -128,14 +120,13 @@ def _calibration(
         num_samples=config.num_samples,
         seq_len=min(config.seq_len, longest),
         seed=config.seed,
-        vocab_size=model.get_input_embeddings().weight.shape[0],  # type: ignore[operator, union-attr]
+        vocab_size=stored_weight(model.get_input_embeddings()).shape[0],
     )
     logger.info(calibration.describe())
-    seconds["data"] = time.perf_counter() - start
     return calibration
 
 
-def _tokenizer(model: nn.Module, config: GuidedQuantConfig) -> Any:
+def _tokenizer(model: PreTrainedModel, config: GuidedQuantConfig) -> Any:
     """The tokenizer object of the config, or the one beside the model; None if there is none."""
     name = config.tokenizer
     if name is not None and not isinstance(name, str | os.PathLike):
@@ -152,183 +143,7 @@ def _tokenizer(model: nn.Module, config: GuidedQuantConfig) -> Any:
         return None
 
 
-def _windows(model: nn.Module, layers_plan: Plan, config: GuidedQuantConfig) -> Iterator[list[LayerPlan]]:
-    """Layers whose statistics fit in memory together, in model order; the budget is per device."""
-    window: list[LayerPlan] = []
-    used: dict[torch.device, int] = {}
-    budgets: dict[torch.device, int] = {}
-    for layer in layers_plan.layers:
-        device = model.get_submodule(layer.name).weight.device
-        assert isinstance(device, torch.device)
-        if device not in budgets:
-            share = int(_HESSIAN_SHARE * free_memory(device))
-            budgets[device] = int(config.hessian_memory * 2**30) if config.hessian_memory else share
-        kind = _statistics_of(layer)
-        groups = effective_groups(layer.out_features, layer.num_groups)
-        need = 0 if kind == "none" else window_memory(layer.in_features, groups, kind == "diagonal")
-        if window and used.get(device, 0) + need > budgets[device]:
-            yield window
-            window, used = [], {}
-        window.append(layer)
-        used[device] = used.get(device, 0) + need
-    yield window
-
-
-def _collect(
-    model: nn.Module,
-    window: list[LayerPlan],
-    calibration: Calibration | None,
-    config: GuidedQuantConfig,
-    seconds: dict[str, float],
-) -> dict[str, LayerStatistics]:
-    watched = [layer for layer in window if _statistics_of(layer) != "none"]
-    if calibration is None or not watched:
-        return {}
-    start = time.perf_counter()
-    modules = {layer.name: model.get_submodule(layer.name) for layer in watched}
-    statistics = {
-        layer.name: LayerStatistics.empty(
-            layer.in_features,
-            effective_groups(layer.out_features, layer.num_groups),
-            _statistics_of(layer) == "diagonal",
-            modules[layer.name].weight.device,  # type: ignore[arg-type]
-        )
-        for layer in watched
-    }
-    checkpointing = config.gradient_checkpointing
-    if checkpointing is None:
-        first = next(iter(modules.values())).weight
-        row = max(ids.numel() for ids in calibration.rows)
-        needed = activation_bytes(list(modules.values()), row, first.dtype)  # type: ignore[arg-type]
-        checkpointing = needed > _ACTIVATION_SHARE * free_memory(first.device)  # type: ignore[arg-type]
-    with tqdm(total=calibration.tokens, desc="Calibrating", unit="token", unit_scale=True) as bar:
-        rows = iter(calibration.rows)
-        collect(
-            model,
-            modules,
-            statistics,
-            calibration.rows,
-            guided=config.guided,
-            checkpointing=checkpointing,
-            on_row=lambda: bar.update(next(rows).numel()),
-        )
-    seconds["calibration"] = seconds.get("calibration", 0.0) + time.perf_counter() - start
-    return statistics
-
-
-def _solve(
-    model: nn.Module,
-    window: list[LayerPlan],
-    statistics: dict[str, LayerStatistics],
-    config: GuidedQuantConfig,
-    packed: dict[str, dict[str, Tensor]],
-    reports: dict[str, LayerReport],
-    seconds: dict[str, float],
-) -> None:
-    """Solve and pack the layers of a window; equal layers go to the solver together."""
-    start = time.perf_counter()
-    with tqdm(total=sum(x.weights for x in window), desc="Solving", unit="weight", unit_scale=True) as bar, torch.no_grad():
-        for batch in _batches(model, window):
-            solved = _solve_batch(model, batch, [statistics.pop(x.name, None) for x in batch], config)
-            for layer, (codes, report) in zip(batch, solved, strict=True):
-                packed[layer.name] = lut_format.encode(codes)
-                reports[layer.name] = report
-                logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
-                bar.update(layer.weights)
-    seconds["solving"] = seconds.get("solving", 0.0) + time.perf_counter() - start
-
-
-def _batches(model: nn.Module, window: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers of one shape, setting and device, in batches of bounded memory.
-
-    Coordinate descent walks over the inputs one by one, so many small layers at once cost hardly more steps than one.
-    """
-    alike: dict[tuple, list[LayerPlan]] = {}
-    for layer in window:
-        weight = model.get_submodule(layer.name).weight
-        dtype = lut_format.codebook_dtype(weight)  # type: ignore[arg-type]
-        key = (replace(layer, name=""), weight.device, dtype)
-        alike.setdefault(key, []).append(layer)
-    for layers in alike.values():
-        one = layers[0]
-        work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
-        device = model.get_submodule(one.name).weight.device
-        free = _BATCH_SHARE * free_memory(device)  # type: ignore[arg-type]
-        size = max(1, int(min(free, _BATCH_BYTES_CPU) if device.type == "cpu" else free) // work)  # type: ignore[union-attr]
-        yield from (layers[i : i + size] for i in range(0, len(layers), size))
-
-
-def _solve_batch(
-    model: nn.Module, batch: list[LayerPlan], statistics: list[LayerStatistics | None], config: GuidedQuantConfig
-) -> list[tuple[Codes, LayerReport]]:
-    """Codes and reports of layers that share shape, method, bits, groups and device."""
-    one = batch[0]
-    groups = effective_groups(one.out_features, one.num_groups)
-    weights = [dense_weight(model.get_submodule(layer.name)).float() for layer in batch]
-    grouped = torch.cat([_group_rows(weight, groups) for weight in weights])  # [layers * g, R, K]
-    conditioned = [
-        (None, Conditioning(weight.new_zeros(groups))) if found is None else condition(found.hessian, layer.name)
-        for layer, weight, found in zip(batch, weights, statistics, strict=True)
-    ]
-    parts = [part for part, _ in conditioned if part is not None]
-    stacked = torch.cat(parts) if parts else None
-    spec = SolverSpec(
-        one.bits,
-        lut_format.codebook_dtype(weights[0]),
-        config.lnq_iterations,
-        config.lnq_cycles,
-        config.kmeans_iterations,
-    )
-    solution = SOLVERS[one.method].solve(grouped, stacked, spec)
-    size = _weighted_square(grouped, stacked)
-    results = []
-    for index, (layer, found) in enumerate(zip(batch, statistics, strict=True)):
-        own = slice(index * groups, (index + 1) * groups)
-        note = conditioned[index][1]
-        codes = Codes(
-            solution.codes[own].flatten(0, 1)[: layer.out_features],
-            solution.codebook[own].flatten(0, 1)[: layer.out_features],
-        )
-        report = LayerReport(
-            plan=layer,
-            objectives={
-                stage: float(value[own].sum() / size[own].sum().clamp_min(1e-300))
-                for stage, value in solution.objectives.items()
-            },
-            scale=float(note.scale.mean()),
-            damping=note.damping,
-            dead_inputs=note.dead_inputs,
-            fallback=note.fallback,
-            bad_rows=0 if found is None else int(found.bad_rows),
-            lut_dtype=str(spec.codebook_dtype).removeprefix("torch."),
-        )
-        if note.fallback:
-            logger.warning("%s: %s; its weights alone guide the solver.", layer.name, note.fallback)
-        results.append((codes, report))
-    return results
-
-
-def _group_rows(weight: Tensor, groups: int) -> Tensor:
-    """``[N, K] -> [g, ceil(N / g), K]``, a shorter last group padded with zero rows."""
-    size = -(-weight.shape[0] // groups)
-    padded = nn.functional.pad(weight, (0, 0, 0, groups * size - weight.shape[0]))
-    return padded.view(groups, size, -1)
-
-
-def _weighted_square(weight: Tensor, statistics: Tensor | None) -> Tensor:
-    """``wᵀ H w`` of every row: fp64 ``[G, R]``, the unit of relative objectives."""
-    if statistics is None:
-        return weight.double().square().sum(dim=-1)
-    weighted = weight * statistics.unsqueeze(1) if statistics.dim() == 2 else weight @ statistics
-    return (weight * weighted).sum(dim=-1, dtype=torch.float64)
-
-
-def _persisted(layer: LayerPlan, report: LayerReport) -> dict[str, Any]:
-    entry: dict[str, Any] = {"bits": layer.bits}
-    return entry if report.lut_dtype == "float16" else {**entry, "lut_dtype": report.lut_dtype}
-
-
-def _provenance(model: nn.Module, config: GuidedQuantConfig, calibration: Calibration | None) -> dict[str, Any]:
+def _provenance(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> dict[str, Any]:
     """Where the model came from, without texts, paths or tokens."""
     packages = ("hf-guidedquant", "torch", "transformers")
     found: dict[str, Any] = {"versions": {package: version(package) for package in packages}}
@@ -342,7 +157,7 @@ def _provenance(model: nn.Module, config: GuidedQuantConfig, calibration: Calibr
             "sha256": calibration.sha256(),
             "rows": len(calibration.rows),
             "tokens": calibration.tokens,
-            "seq_len": config.seq_len,
+            "seq_len": max(row.numel() for row in calibration.rows),
             "seed": config.seed,
         }
     return found

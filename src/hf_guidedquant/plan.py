@@ -1,6 +1,7 @@
 """What will be quantized, how, and what it will weigh. A model on the meta device is enough."""
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import nn
 from .config import GuidedQuantConfig, matches
 from .errors import NoLinearLayersError
 from .formats import lut as lut_format
-from .linears import is_linear, linear_shape
+from .linears import is_linear, linear_shape, stored_weight
+from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,21 @@ class LayerPlan:
     bits: int
     method: str
     num_groups: int
+
+    @property
+    def statistics(self) -> str:
+        """What the solver needs from the data: ``"none"``, ``"diagonal"`` or ``"hessian"``."""
+        return SOLVERS[self.method].statistics
+
+    @property
+    def statistics_shape(self) -> tuple[int, ...]:
+        """Shape of the layer's fp32 statistics."""
+        shape = (self.num_groups, self.in_features)
+        return {"none": (0,), "diagonal": shape, "hessian": (*shape, self.in_features)}[self.statistics]
+
+    @property
+    def statistics_bytes(self) -> int:
+        return 4 * math.prod(self.statistics_shape)
 
     @property
     def weights(self) -> int:
@@ -91,8 +108,9 @@ def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             reason = _skip_reason(name, module, parameter, owners, config, is_head=module is head)
             if reason is None:
                 settings = config.for_module(name)
-                groups = config.num_groups if config.guided else 1
-                layers.append(LayerPlan(name, *linear_shape(module), **settings, num_groups=groups))
+                out_features, in_features = linear_shape(module)
+                groups = _groups(out_features, config.num_groups) if config.guided else 1
+                layers.append(LayerPlan(name, out_features, in_features, **settings, num_groups=groups))
                 continue
             skipped[weight_name] = reason
             if reason.startswith("unsupported"):
@@ -132,6 +150,11 @@ def _skip_reason(
     return None
 
 
+def _groups(out_features: int, num_groups: int) -> int:
+    """Groups of ``ceil(out / num_groups)`` outputs that it takes to cover a layer; at most ``num_groups``."""
+    return math.ceil(out_features / math.ceil(out_features / num_groups))
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Parameter -> names of all modules that hold it, aliases of one module included."""
     owners: dict[int, list[str]] = {}
@@ -145,6 +168,5 @@ def _sizes(model: nn.Module, layers: list[LayerPlan]) -> tuple[int, int]:
     dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     saved = 0
     for layer in layers:
-        weight = model.get_submodule(layer.name).weight
-        saved += weight.numel() * weight.element_size() - layer.packed_bytes  # type: ignore[operator, union-attr]
+        saved += stored_weight(model.get_submodule(layer.name)).nbytes - layer.packed_bytes
     return dense, dense - saved

@@ -9,7 +9,7 @@ import torch
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from . import checkpoint, pipeline
+from . import checkpoint, companions, pipeline
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
@@ -64,8 +64,8 @@ class GuidedQuantizer(HfQuantizer):
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ModelError(
-                f"The device map offloads parts of the model ({', '.join(sorted(places))}), so they cannot be quantized. "
-                'Load the model whole: device_map="cpu", or a device map of GPUs only.'
+                f"The device map offloads parts of the model ({', '.join(sorted(places))}), so they cannot be "
+                'quantized. Load the model whole: device_map="cpu", or a device map of GPUs only.'
             )
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
@@ -98,17 +98,17 @@ class GuidedQuantizer(HfQuantizer):
             module.requires_grad_(False)
         checkpoint.check_codebooks(model)
         cache_dequantized(model, self.quantization_config.cache_dequantized)
-        checkpoint.attach_saving(model, report=None)
+        companions.attach_saving(model, report=None)
 
     def calibrate_and_swap(self, model: Any) -> None:
         """Run the pipeline on a loaded model and leave it as a quantized one."""
         report = pipeline.run(model, self.quantization_config)
         model.config.quantization_config = self.quantization_config
         cache_dequantized(model, self.quantization_config.cache_dequantized)
-        checkpoint.attach_saving(model, report)
+        companions.attach_saving(model, report)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model, dtype or model.config.dtype)
+        dequantize_model(model, dtype or model.dtype)
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
@@ -146,7 +146,9 @@ def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[i
             absent.append(saved_name)
             continue
         if not is_linear(known[name]):
-            raise CheckpointError(f"{saved_name} is quantized in the checkpoint, but a {type(known[name]).__name__} here.")
+            raise CheckpointError(
+                f"{saved_name} is quantized in the checkpoint, but a {type(known[name]).__name__} here."
+            )
         resolved[name] = (bits, lut_dtype)
     if not resolved:
         raise CheckpointError(
@@ -161,7 +163,9 @@ def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:
     check_bits(f"modules[{name!r}]['bits']", settings.get("bits"))
     lut_dtype = settings.get("lut_dtype", "float16")
     if lut_dtype not in _LUT_DTYPES:
-        raise CheckpointError(f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r}; it must be float16 or float32.")
+        raise CheckpointError(
+            f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r}; it must be float16 or float32."
+        )
     return settings["bits"], _LUT_DTYPES[lut_dtype]
 
 

@@ -33,6 +33,11 @@ class LayerReport:
     bad_rows: int = 0
     lut_dtype: str = "float16"
 
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the layer: its bits, and the codebook's dtype if it is not fp16."""
+        entry: dict[str, Any] = {"bits": self.plan.bits}
+        return entry if self.lut_dtype == "float16" else {**entry, "lut_dtype": self.lut_dtype}
+
 
 @dataclass
 class Report:
@@ -130,14 +135,17 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base:
         front += [f"base_model: {base}", "base_model_relation: quantized"]
-    front += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(["guidedquant", f"{settings['bits']}-bit", *(tags or [])])), "---"]
+    front += [
+        "tags:",
+        *(f"- {tag}" for tag in dict.fromkeys(["guidedquant", f"{settings['bits']}-bit", *(tags or ())])),
+        "---",
+    ]
     lines = [
         *front,
         "",
         f"# {repo_id.rpartition('/')[2] or repo_id}",
         "",
-        f"{settings['bits']}-bit language model, quantized with "
-        "[hf-guidedquant](https://pypi.org/project/hf-guidedquant/)" + (f" from `{base}`." if base else "."),
+        f"{settings['bits']}-bit language model, quantized with hf-guidedquant" + (f" from `{base}`." if base else "."),
         "",
         "**`import hf_guidedquant` before loading it.** Without the import Transformers does not know the format and "
         "stops with a size mismatch of the `weight` tensors.",

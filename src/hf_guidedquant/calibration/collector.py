@@ -13,16 +13,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CalibrationError, ModelError
+from ..linears import linear_shape, stored_weight
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +42,11 @@ class LayerStatistics:
     """
 
     hessian: Tensor
-    bad_rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    bad_rows: Tensor
 
     @classmethod
-    def empty(cls, in_features: int, num_groups: int, diagonal_only: bool, device: torch.device) -> "LayerStatistics":
-        shape = (num_groups, in_features) if diagonal_only else (num_groups, in_features, in_features)
+    def empty(cls, shape: tuple[int, ...], device: torch.device) -> "LayerStatistics":
+        """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
         return cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
     def add(self, x: Tensor, weights: Tensor) -> None:
@@ -69,25 +71,15 @@ def group_means(squared: Tensor, num_groups: int) -> Tensor:
     return torch.stack([part.mean(dim=-1) for part in squared.split(size, dim=-1)], dim=-1)
 
 
-def effective_groups(out_features: int, num_groups: int) -> int:
-    """Groups that really exist: with ceil-sized groups the last ones can be empty."""
-    return math.ceil(out_features / math.ceil(out_features / num_groups))
-
-
-def window_memory(in_features: int, num_groups: int, diagonal_only: bool) -> int:
-    """Bytes of one layer's statistics."""
-    return 4 * num_groups * in_features * (1 if diagonal_only else in_features)
-
-
 def collect(
-    model: nn.Module,
+    model: PreTrainedModel,
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, LayerStatistics],
     rows: Sequence[Tensor],
     *,
     guided: bool,
     checkpointing: bool,
-    on_row: Callable[[], None] = lambda: None,
+    on_row: Callable[[int], object] = lambda tokens: None,
 ) -> int:
     """Run every row through the model and add to ``statistics``, in place.
 
@@ -98,7 +90,7 @@ def collect(
         rows: Token ids, int64 ``[seq]`` each.
         guided: Weigh tokens by the squared output gradient. Otherwise all tokens count 1 and no backward pass runs.
         checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
-        on_row: Called after every row, for progress bars.
+        on_row: Called after every row with its number of tokens, for progress bars.
 
     Returns:
         The number of rows whose loss was not finite; they are in no layer's statistics.
@@ -122,12 +114,12 @@ def collect(
         device = input_device(model)
         for row in rows:
             bad_losses += not _run_row(model, row.to(device), guided)
-            on_row()
+            on_row(row.numel())
     _check_bad_rows(bad_losses, statistics, len(rows))
     return bad_losses
 
 
-def _run_row(model: nn.Module, ids: Tensor, guided: bool) -> bool:
+def _run_row(model: PreTrainedModel, ids: Tensor, guided: bool) -> bool:
     """Forward, and for the guided objective backward. False if the loss is not finite."""
     output = model(input_ids=ids.unsqueeze(0), use_cache=False)
     if not guided:
@@ -157,12 +149,14 @@ def _check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], 
             "Load the model in bfloat16 or float32, and check that the tokenizer belongs to the model."
         )
     if bad:
-        logger.warning("%d of %d calibration rows gave NaN or infinity (worst layer: %s) and were left out.", bad, rows, name)
+        logger.warning(
+            "%d of %d calibration rows gave NaN or infinity (worst layer: %s) and were left out.", bad, rows, name
+        )
 
 
-def input_device(model: nn.Module) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids have to be."""
-    return model.get_input_embeddings().weight.device
+    return stored_weight(model.get_input_embeddings()).device
 
 
 class _Tap(torch.autograd.Function):
@@ -179,7 +173,7 @@ class _Tap(torch.autograd.Function):
         return output.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         ctx.receive(ctx.saved_tensors[0], grad)
         return grad, None, None
 
@@ -229,12 +223,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_of_activations_only(model: nn.Module) -> Iterator[None]:
+def _gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
     """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
-    embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()
     start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     try:
         yield
@@ -251,7 +245,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             replaced.append((module, module.__dict__.get("forward")))
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:
@@ -259,10 +253,10 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
             if own is None:
                 del module.forward
             else:
-                module.forward = own  # type: ignore[method-assign]
+                module.forward = own
 
 
 def activation_bytes(layers: Sequence[nn.Module], tokens: int, dtype: torch.dtype) -> int:
     """Rough size of what the backward pass keeps of one row without checkpointing: inputs and outputs, twice over."""
-    features = sum(sum(module.weight.shape) for module in layers)  # type: ignore[misc, arg-type]
+    features = sum(sum(linear_shape(module)) for module in layers)
     return 2 * features * tokens * dtype.itemsize

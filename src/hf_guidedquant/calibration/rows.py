@@ -195,7 +195,8 @@ def _from_texts(
 def _from_chats(chats: Sequence[Any], tokenizer: Any, num_samples: int, seq_len: int) -> Calibration:
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError("The calibration data are chats, but the tokenizer has no chat template.")
-    rows, short, cut = [], 0, 0
+    rows: list[Tensor] = []
+    short = cut = 0
     for chat in chats:
         if len(rows) == num_samples:
             break

@@ -24,7 +24,7 @@ class GuidedLinear(nn.Module):
 
     The state dict holds ``weight`` (int32 ``[bits, out, ceil(in / 32)]``), ``lut`` (``[out, 2**bits]``) and, if there is
     one, ``bias``. All are Parameters without gradient; gradients flow to the input. The packed tensor is called
-    ``weight`` so that loading the model without this package fails on its shape instead of leaving random weights.
+    ``weight`` so that a load without this package fails on its shape instead of leaving random weights.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class GuidedLinear(nn.Module):
             empty = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         empty_bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
-        self.register_parameter("bias", empty_bias if bias else None)
+        self.bias = empty_bias if bias else None
         self.weight: nn.Parameter
         self.lut: nn.Parameter
         self._caching = False
@@ -86,10 +86,10 @@ class GuidedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedLinear":
         # .half(), .bfloat16() and .to(dtype) go through here. Codes are integers and pass unharmed; the codebook
         # would be rounded, so only its device follows.
-        lut = self.lut
+        lut = self.lut.data
         super()._apply(fn, recurse)
         if self.lut.dtype != lut.dtype:
-            self.lut = nn.Parameter(lut.data.to(self.weight.device), requires_grad=lut.requires_grad)
+            self.lut.data = lut.to(self.weight.device)
         self._dense = None
         return self
 

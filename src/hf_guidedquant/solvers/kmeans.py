@@ -47,7 +47,8 @@ def _cluster_rows(weight: Tensor, importance: Tensor, levels: int, iterations: i
     mass = importance.gather(-1, order).double()
     centre = (mass * values).sum(dim=-1, keepdim=True) / mass.sum(dim=-1, keepdim=True)
     values = values - centre
-    # Centring keeps the differences of running sums accurate. Running sums have a leading zero: the sum over sorted positions [i, j) is sums[j] - sums[i].
+    # Centring keeps differences of running sums accurate. With a leading zero in the running sums, the sum over the
+    # sorted positions [i, j) is sums[j] - sums[i].
     sums = torch.stack([mass, mass * values, mass * values.square()])
     sums = torch.nn.functional.pad(sums.cumsum(dim=-1), (1, 0))
     edges = _optimal_edges(sums, _run_edges(values, mass), levels)

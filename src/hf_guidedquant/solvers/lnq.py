@@ -97,7 +97,8 @@ class _Problem:
     def _assign_block(self, start: int, quantized: Tensor, slope: Tensor, codebook: Tensor, midpoints: Tensor) -> None:
         """One pass over the inputs ``start .. start + BLOCK - 1``, in place. The seam for a fused GPU kernel.
 
-        ``quantized`` and ``slope`` are ``[G, K, R]``, the ascending ``codebook [G, L, R]``, ``midpoints [G, L - 1, R]``.
+        Shapes: ``quantized`` and ``slope`` are ``[G, K, R]``, the ascending ``codebook`` is ``[G, L, R]`` and
+        ``midpoints [G, L - 1, R]``.
         """
         stop = min(start + BLOCK, quantized.shape[1])
         change = torch.empty_like(quantized[:, start:stop])

@@ -6,7 +6,7 @@ from torch import Tensor
 from . import reference
 
 try:  # written by the Hub kernel builder, absent in an ordinary install
-    from ._ops import add_op_namespace_prefix  # type: ignore[import-not-found]
+    from ._ops import add_op_namespace_prefix
 except ImportError:
 
     def add_op_namespace_prefix(name: str) -> str:
@@ -85,7 +85,7 @@ class _LutLinear(torch.autograd.Function):
         return _ops.lut_linear(x, weight, lut, None)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         weight, lut = ctx.saved_tensors
         return grad @ _ops.lut_dequantize(weight, lut, ctx.in_features, grad.dtype), None, None
 

@@ -1,0 +1,180 @@
+"""Hessians and saliencies against float64 autograd, and everything that must not change them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model, token_rows
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_guidedquant.calibration import LayerStatistics, collect
+from hf_guidedquant.calibration.collector import group_means
+from hf_guidedquant.errors import CalibrationError, ModelError
+from hf_guidedquant.linears import dense_weight, is_linear
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def linears(model):
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+
+
+def gather(model, rows, groups=3, guided=True, diagonal=False, checkpointing=False):
+    layers = linears(model)
+    statistics = {}
+    for name, module in layers.items():
+        inputs = dense_weight(module).shape[1]
+        shape = (groups, inputs) if diagonal else (groups, inputs, inputs)
+        statistics[name] = LayerStatistics.empty(shape, torch.device("cpu"))
+    collect(model, layers, statistics, rows, guided=guided, checkpointing=checkpointing)
+    return {name: layer.hessian for name, layer in statistics.items()}
+
+
+def reference(model, rows, groups, guided):
+    """Float64, straight from the definition: loss gradients of every layer's output by autograd."""
+    model = model.double()
+    seen = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            seen[name] = (args[0], output)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in linears(model).items()]
+    hessians = {}
+    for row in rows:
+        logits = model(input_ids=row[None], use_cache=False).logits[0]
+        loss = F.cross_entropy(logits[:-1], row[1:], reduction="sum")
+        outputs = [output for _, output in seen.values()]
+        for (name, (x, output)), grad in zip(seen.items(), torch.autograd.grad(loss, outputs), strict=True):
+            size = -(-output.shape[-1] // groups)
+            parts = [part.square().mean(-1)[0] for part in grad.split(size, dim=-1)]
+            if not guided:
+                parts = [torch.ones_like(part) for part in parts]
+            found = torch.stack([torch.einsum("t,ti,tj->ij", s, x[0], x[0]) for s in parts])
+            hessians[name] = hessians.get(name, 0) + found.detach()
+    for handle in handles:
+        handle.remove()
+    return hessians
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_hessians_equal_float64_autograd(any_model, rows, guided):
+    found = gather(any_model, rows, guided=guided)
+    for name, expected in reference(any_model, rows, 3, guided).items():
+        # Gradients pass some 40 fp32 operations each way, each of relative error eps times at most sqrt(96) terms.
+        bound = 40 * 96**0.5 * EPS32 * expected.abs().amax()
+        assert expected.abs().amax() > 0
+        assert (found[name] - expected).abs().amax() <= bound, name
+
+
+def test_diagonals_are_the_hessians_diagonals(llama, rows):
+    full, diagonal = gather(llama, rows), gather(llama, rows, diagonal=True)
+    for name, hessian in full.items():
+        torch.testing.assert_close(
+            diagonal[name], hessian.diagonal(dim1=1, dim2=2), rtol=rows[0].numel() * EPS32, atol=0
+        )
+
+
+def test_hessians_add_up_over_rows(llama, rows):
+    whole = gather(llama, rows)
+    first, second = gather(llama, rows[:3]), gather(llama, rows[3:])
+    for name, hessian in whole.items():
+        bound = len(rows) * rows[0].numel() * EPS32 * hessian.abs().amax()
+        assert (first[name] + second[name] - hessian).abs().amax() <= bound
+
+
+def test_checkpointing_changes_nothing(any_model, rows):
+    plain, checkpointed = gather(any_model, rows), gather(any_model, rows, checkpointing=True)
+    for name in plain:
+        assert torch.equal(plain[name], checkpointed[name]), name
+
+
+def test_checkpointing_keeps_one_block_at_a_time(llama, rows):
+    """Every block runs forward and once more when the backward pass comes to it, so nothing of it is kept before."""
+    runs = []
+    for index, block in enumerate(llama.model.layers):
+        block.mlp.register_forward_pre_hook(lambda module, args, index=index: runs.append(index))
+    gather(llama, rows[:1], checkpointing=True)
+    assert runs == [0, 1, 1, 0]
+
+
+def test_the_model_is_left_as_it_was(llama, rows):
+    llama.train()
+    llama.model.layers[0].eval()
+    llama.lm_head.weight.requires_grad_(False)
+    before = {name: (p.requires_grad, p.grad) for name, p in llama.named_parameters()}
+    modes = [module.training for module in llama.modules()]
+    forwards = [module.forward for module in llama.modules() if isinstance(module, GradientCheckpointingLayer)]
+    with torch.no_grad():
+        gather(llama, rows, checkpointing=True)
+    assert {name: (p.requires_grad, p.grad) for name, p in llama.named_parameters()} == before
+    assert [module.training for module in llama.modules()] == modes
+    assert [m.forward for m in llama.modules() if isinstance(m, GradientCheckpointingLayer)] == forwards
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+def test_group_means_with_a_shorter_last_group():
+    squared = torch.tensor([[1.0, 3.0, 5.0, 7.0, 11.0]])
+    assert group_means(squared, 2).tolist() == [[3.0, 9.0]]
+    assert group_means(squared, 1).tolist() == [[squared.mean().item()]]
+
+
+def poison(model, name, rows_to_poison):
+    """Make a layer's output infinite in the given forward passes."""
+    calls = iter(range(10**6))
+
+    def hook(module, args, output):
+        return output * float("inf") if next(calls) in rows_to_poison else output
+
+    return model.get_submodule(name).register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_bad_rows_are_left_out_and_counted(guided):
+    model, rows = tiny_model(), token_rows(20)
+    good = gather(model, rows[1:], guided=guided)
+    handle = poison(model, "model.layers.1.mlp.up_proj", {0})
+    found = gather(model, rows, guided=guided)
+    handle.remove()
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.isfinite(found[name]).all()
+    assert torch.equal(found[name], good[name])
+
+
+def test_too_many_bad_rows_abort(rows):
+    model = tiny_model()
+    poison(model, "model.layers.1.mlp.up_proj", {0, 1})
+    with pytest.raises(CalibrationError, match="2 of 8 calibration rows gave NaN or infinity"):
+        gather(model, rows)
+
+
+def test_overflow_in_the_backward_pass_is_found_with_the_layers_name(rows):
+    model = tiny_model()
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    layer.register_forward_hook(lambda m, a, out: out.register_hook(lambda grad: grad * float("inf")) and None)
+    with pytest.raises(CalibrationError, match=r"in model\.layers\.0"):
+        gather(model, rows)
+
+
+def test_a_model_without_logits_is_refused_when_guided(llama, rows):
+    with pytest.raises(ModelError, match="no logits"):
+        gather(_Body(llama.model), rows)
+
+
+class _Body(torch.nn.Module):
+    """A model without a head."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def get_input_embeddings(self):
+        return self.body.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, **kwargs):
+        return self.body(**kwargs)

@@ -1,0 +1,121 @@
+"""Calibration data of every kind becomes token rows; what cannot be used is named."""
+
+import pytest
+import torch
+
+from hf_guidedquant.calibration import load_rows
+from hf_guidedquant.calibration.rows import builtin_text
+from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+
+
+class ByteTokenizer:
+    """Tokens are bytes; as much of a tokenizer as calibration needs."""
+
+    chat_template = TEMPLATE
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, messages, tokenize):
+        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+
+
+def load(dataset, tokenizer=None, num_samples=4, seq_len=8, seed=0, **kwargs):
+    return load_rows(dataset, tokenizer, num_samples=num_samples, seq_len=seq_len, seed=seed, **kwargs)
+
+
+def test_builtin_text_is_there_and_large_enough():
+    calibration = load("builtin", ByteTokenizer(), num_samples=128, seq_len=2048)
+    assert len(calibration.rows) == 128
+    assert all(row.shape == (2048,) and row.dtype == torch.int64 for row in calibration.rows)
+    assert 300_000 < len(builtin_text()) < 900_000
+
+
+def test_texts_are_joined_by_blank_lines_and_cut_into_rows():
+    calibration = load(["abcd", "  ", "efgh"], ByteTokenizer(), seq_len=5)
+    assert [bytes(row.tolist()) for row in calibration.rows] == [b"abcd\n", b"\nefgh"]
+    assert calibration.dropped == {"empty texts": 1}
+    assert (
+        "2 rows, 10 tokens; 4 rows were asked for, the data has no more; dropped: 1 empty texts"
+        in calibration.describe()
+    )
+
+
+def test_more_rows_than_asked_for_are_a_seeded_choice():
+    text = "".join(chr(97 + i % 26) for i in range(400))
+    first, again, other = (load([text], ByteTokenizer(), seed=seed) for seed in (0, 0, 1))
+    assert first.sha256() == again.sha256() != other.sha256()
+    assert first.dropped == {"rows beyond num_samples": 46}
+
+
+def test_text_shorter_than_a_row_is_one_short_row():
+    assert [row.numel() for row in load(["abc"], ByteTokenizer()).rows] == [3]
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh" * 3, encoding="utf-8")
+    calibration = load(str(path), ByteTokenizer())
+    assert calibration.source == "text file"
+    assert len(calibration.rows) == 3
+
+
+def test_token_rows_are_used_as_they_are():
+    rows = [torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([6])]
+    calibration = load(rows)
+    assert [row.tolist() for row in calibration.rows] == [[1, 2, 3], [4, 5]]
+    assert calibration.dropped == {"rows shorter than 2 tokens": 1}
+    assert [row.tolist() for row in load(torch.tensor([[1, 2], [3, 4]])).rows] == [[1, 2], [3, 4]]
+
+
+def test_chats_go_through_the_template_and_are_cut():
+    chats = [[{"role": "user", "content": "hello there"}], {"messages": [{"role": "u", "content": "x"}]}]
+    calibration = load(chats, ByteTokenizer())
+    assert [bytes(row.tolist()) for row in calibration.rows] == [b"<user>he", b"<u>x"]
+    assert calibration.dropped == {"chat ends past 8 tokens": 1}
+
+
+def test_chats_without_a_template_are_refused():
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(CalibrationError, match="no chat template"):
+        load([[{"role": "user", "content": "hi"}]], tokenizer)
+
+
+@pytest.mark.parametrize("column", ["text", "messages", "input_ids"])
+def test_dataset_columns(column):
+    datasets = pytest.importorskip("datasets")
+    values = {
+        "text": ["abcdefgh"],
+        "messages": [[{"role": "user", "content": "hi"}]],
+        "input_ids": [[1, 2, 3]],
+    }
+    dataset = datasets.Dataset.from_dict({column: values[column], "other": [0]})
+    calibration = load(dataset, ByteTokenizer())
+    assert len(calibration.rows) == 1
+    with pytest.raises(CalibrationError, match=r"columns .*other"):
+        load(dataset.remove_columns(column), ByteTokenizer())
+
+
+@pytest.mark.parametrize("dataset", ["no-such-set", 3, {"text": "x"}, [1, 2], [], ["", " "], [["a"]]])
+def test_what_is_not_understood_or_empty_says_what_is_allowed(dataset):
+    with pytest.raises(CalibrationError, match=r"must be \"builtin\"|No calibration rows are left"):
+        load(dataset, ByteTokenizer())
+
+
+@pytest.mark.parametrize("row", [torch.tensor([1.0, 2.0]), torch.tensor([[1, 2]]), torch.tensor([-1, 2])])
+def test_malformed_token_rows_are_refused_by_index(row):
+    with pytest.raises(CalibrationError, match="Calibration row 0"):
+        load([row])
+
+
+def test_texts_without_a_tokenizer_say_what_to_pass():
+    with pytest.raises(TokenizerMissingError, match=r"tokenizer=\.\.\."):
+        load(["some text"])
+
+
+def test_foreign_token_ids_are_refused():
+    with pytest.raises(CalibrationError, match="Token id 9 is outside the model's vocabulary of 9"):
+        load([torch.tensor([1, 9])], vocab_size=9)

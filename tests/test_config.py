@@ -1,0 +1,130 @@
+"""The config: bounds, what is persisted, what a checkpoint's config may do."""
+
+import copy
+import json
+import logging
+
+import pytest
+
+from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.config import PERSISTED, matches
+from hf_guidedquant.errors import CheckpointError, ConfigError
+
+
+@pytest.mark.parametrize("bits", [0, -1, 9, 2**31, True, "2", 2.0, None])
+def test_bits_outside_the_range_are_refused_by_name(bits):
+    with pytest.raises(ConfigError, match=r"GuidedQuantConfig\.bits = .* from 1 to 8"):
+        GuidedQuantConfig(bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("method", "awq"),
+        ("guided", 1),
+        ("num_groups", 0),
+        ("num_groups", 1025),
+        ("lnq_iterations", -1),
+        ("lnq_cycles", 0),
+        ("kmeans_iterations", 1001),
+        ("num_samples", 0),
+        ("seq_len", 1),
+        ("seed", -1),
+        ("hessian_memory", 0),
+        ("hessian_memory", float("nan")),
+        ("gradient_checkpointing", "yes"),
+        ("cache_dequantized", None),
+        ("modules_to_not_convert", "lm_head"),
+        ("modules_to_not_convert", [""]),
+        ("modules", []),
+        ("quant_method", "gptq"),
+        ("format_version", "newest"),
+    ],
+)
+def test_a_wrong_value_names_field_value_and_range(field, value):
+    with pytest.raises(ConfigError) as caught:
+        GuidedQuantConfig(**{field: value})
+    assert f"GuidedQuantConfig.{field} = {value!r}" in str(caught.value)
+    assert caught.value.allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"*.x": {"bits": 9}}, {"*.x": {"bit": 2}}, {"*.x": 2}, ["*.x"], {"a": {"method": "x"}}]
+)
+def test_bad_overrides_are_refused(overrides):
+    with pytest.raises(ConfigError, match="overrides"):
+        GuidedQuantConfig(overrides=overrides)
+
+
+def test_a_misspelt_field_is_an_error_for_the_user():
+    with pytest.raises(TypeError, match="bit"):
+        GuidedQuantConfig(bit=2)
+
+
+def test_what_is_saved_is_the_persisted_part_and_survives_json():
+    config = GuidedQuantConfig(
+        bits=3, dataset=["secret text"], tokenizer="/secret/path", overrides={"*.a": {"bits": 2}}
+    )
+    saved = json.loads(json.dumps(config.to_dict()))
+    assert set(saved) == {*PERSISTED, "quant_method"}
+    assert "secret" not in json.dumps(saved)
+    assert GuidedQuantConfig.from_dict(saved).to_dict() == saved
+
+
+def test_a_checkpoint_cannot_name_data_tokenizers_or_patterns(caplog):
+    hostile = {
+        "modules": {"a": {"bits": 2}},
+        "dataset": "evil/data",
+        "tokenizer": "evil/tokenizer",
+        "overrides": {"(a+)+$": {"bits": 2}},
+        "brand_new_key": 1,
+    }
+    logging.getLogger("hf_guidedquant").propagate = True
+    with caplog.at_level(logging.WARNING, logger="hf_guidedquant"):
+        config = GuidedQuantConfig.from_dict(hostile)
+    assert (config.dataset, config.tokenizer, config.overrides) == ("builtin", None, {})
+    for key in ("dataset", "tokenizer", "overrides", "brand_new_key"):
+        assert key in caplog.text
+
+
+def test_a_newer_major_format_is_refused_and_a_newer_minor_is_not():
+    with pytest.raises(CheckpointError, match="Upgrade"):
+        GuidedQuantConfig(format_version="2.0")
+    assert GuidedQuantConfig(format_version="1.7").format_version == "1.7"
+
+
+def test_deepcopy_shares_data_and_copies_the_rest():
+    texts = (text for text in ["a generator cannot be copied"])
+    config = GuidedQuantConfig(dataset=texts, overrides={"*.a": {"bits": 2}})
+    twin = copy.deepcopy(config)
+    twin.overrides["*.a"]["bits"] = 3
+    twin.modules["x"] = {}
+    assert twin.dataset is texts
+    assert config.overrides["*.a"]["bits"] == 2
+    assert config.modules == {}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("model.layers.0.mlp.down_proj", True),
+        ("down_proj", True),
+        ("mlp.down_proj", True),
+        ("*.down_proj", True),
+        ("model.layers.0", True),
+        ("layers.0", True),
+        ("model.layers.?.mlp.*", True),
+        ("proj", False),
+        ("layers.00", False),
+        ("up_proj", False),
+        ("own_proj", False),
+    ],
+)
+def test_patterns_mean_names_ends_parents_and_globs(pattern, expected):
+    assert matches("model.layers.0.mlp.down_proj", pattern) is expected
+
+
+def test_a_later_override_wins():
+    config = GuidedQuantConfig(bits=3, overrides={"*.down_proj": {"bits": 4}, "layers.0": {"method": "rtn", "bits": 2}})
+    assert config.for_module("model.layers.0.mlp.down_proj") == {"bits": 2, "method": "rtn"}
+    assert config.for_module("model.layers.1.mlp.down_proj") == {"bits": 4, "method": "lnq"}

@@ -1,0 +1,95 @@
+"""The same promises on a CUDA device."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model, token_rows
+from transformers import AutoModelForCausalLM
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.calibration import LayerStatistics, collect
+from hf_guidedquant.linears import is_linear
+from hf_guidedquant.resources import reproducible
+
+pytestmark = pytest.mark.gpu
+
+
+def config(**changes):
+    return GuidedQuantConfig(**{"bits": 2, "dataset": token_rows(), "num_groups": 3, **changes})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama-tied", "qwen3", "gemma3", "gpt2"])
+def test_quantize_save_reload_generate(architecture, dtype, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=dtype, device_map="auto", quantization_config=config()
+    )
+    model.save_pretrained(tmp_path / "m")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cuda:0")
+    prompt = torch.arange(2, 10, device="cuda")[None]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=prompt).logits, model(input_ids=prompt).logits)
+    tokens = again.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert tokens.shape == (1, 16)
+
+
+def test_static_cache_and_compile_generate_the_same(tmp_path):
+    model = hf_guidedquant.quantize(tiny_model().cuda(), config())
+    prompt = torch.arange(2, 10, device="cuda")[None]
+    expected = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    compiled = model.generate(prompt, max_new_tokens=12, do_sample=False, cache_implementation="static")
+    assert torch.equal(expected, compiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_seed_gives_the_same_tensors(dtype):
+    dense = tiny_model().to("cuda", dtype)
+    first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), config()) for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_hessians_agree_with_the_cpu():
+    rows, found = token_rows(), {}
+    for device in ("cpu", "cuda"):
+        model = tiny_model().to(device)
+        layers = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.lm_head}
+        statistics = {
+            name: LayerStatistics.empty((2, module.in_features, module.in_features), torch.device(device))
+            for name, module in layers.items()
+        }
+        with reproducible():
+            collect(model, layers, statistics, rows, guided=True, checkpointing=True)
+        found[device] = {name: layer.hessian.cpu() for name, layer in statistics.items()}
+    for name, expected in found["cpu"].items():
+        # As against float64 in test_collector, twice: once for each device.
+        bound = 2 * 40 * 96**0.5 * torch.finfo(torch.float32).eps * expected.abs().amax()
+        assert (found["cuda"][name] - expected).abs().amax() <= bound, name
+
+
+def test_moving_to_the_device_and_casting_keep_codes_and_codebooks():
+    model = hf_guidedquant.quantize(tiny_model(), config())
+    layer = model.model.layers[0].mlp.up_proj
+    weight, lut = layer.weight.clone(), layer.lut.clone()
+    layer.to("cuda", torch.bfloat16)
+    assert torch.equal(layer.weight.cpu(), weight)
+    assert torch.equal(layer.lut.cpu(), lut)
+    assert layer.lut.dtype == torch.float16
+
+
+def test_ops_agree_with_the_cpu_and_pass_opcheck():
+    from hf_guidedquant.triton_kernels import lut_dequantize, lut_linear
+
+    layer = hf_guidedquant.quantize(tiny_model(), config(bits=3)).model.layers[0].mlp.up_proj
+    arguments = (layer.weight.data, layer.lut.data, layer.in_features, torch.float32)
+    dense = lut_dequantize(*arguments)
+    on_device = [tensor.cuda() for tensor in arguments[:2]]
+    assert torch.equal(lut_dequantize(*on_device, *arguments[2:]).cpu(), dense)
+    x = torch.randn(5, layer.in_features)
+    expected = x.double() @ dense.double().T
+    bound = layer.in_features * torch.finfo(torch.float32).eps * (x.abs().double() @ dense.abs().double().T)
+    assert ((lut_linear(x.cuda(), *on_device).cpu() - expected).abs() <= bound).all()
+    torch.library.opcheck(torch.ops.hf_guidedquant.lut_linear, (x.cuda(), *on_device, None))

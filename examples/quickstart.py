@@ -96,14 +96,15 @@ def evaluation_ids(tokenizer: Any, options: argparse.Namespace) -> torch.Tensor:
 
 
 def summary(results: dict[str, float], report: Any, options: argparse.Namespace) -> str:
-    sizes = {"original": report.dense_bytes, "quantized": report.quantized_bytes}
+    before, after = (f"{size / 1e6:.1f} MB" for size in (report.dense_bytes, report.quantized_bytes))
+    bits = f"{report.bits_per_weight:.2f}"
     rows = [
-        ("original", f"{sizes['original'] / 1e6:.1f} MB", "", results["original"]),
-        ("round-to-nearest", f"{sizes['quantized'] / 1e6:.1f} MB", f"{report.bits_per_weight:.2f}", results["round-to-nearest"]),
-        ("guided LNQ", f"{sizes['quantized'] / 1e6:.1f} MB", f"{report.bits_per_weight:.2f}", results["quantized"]),
+        ("original", before, "", results["original"]),
+        ("round-to-nearest", after, bits, results["round-to-nearest"]),
+        ("guided LNQ", after, bits, results["quantized"]),
     ]
     lines = [f"{'':18}{'size':>10}{'bits/weight':>14}{'perplexity':>14}"]
-    lines += [f"{name:18}{size:>10}{bits:>14}{value:>14.2f}" for name, size, bits, value in rows]
+    lines += [f"{name:18}{size:>10}{width:>14}{value:>14.2f}" for name, size, width, value in rows]
     return "\n".join(lines)
 
 

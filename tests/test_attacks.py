@@ -138,8 +138,6 @@ def split(file: Path) -> tuple[dict, bytes]:
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
-# BUGS: raw errors of ours for `lut_dtype` of a type that has no hash, for a `format_version` that int() does not read,
-# and, on saving, for provenance without the usual entries.
 @EXAMPLES
 @given(data=st.data())
 def test_any_config_loads_the_same_model_or_is_refused_by_name(data, folder, intact, model):
@@ -180,7 +178,6 @@ def test_flipped_header_bytes_and_cut_files_load_the_same_model_or_are_refused_b
     assert peak_memory() < before + MORE_MEMORY
 
 
-# BUG (quantizer._preflight): transformers joins the names in the index to the folder without a look at them, and so the
 # files of a stranger's checkpoint can point anywhere on the disk.
 @pytest.mark.parametrize("absolute", [False, True])
 def test_an_index_that_points_outside_the_folder_is_refused(absolute, model, tmp_path, forbid_weights):
@@ -195,7 +192,6 @@ def test_an_index_that_points_outside_the_folder_is_refused(absolute, model, tmp
         AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
 
 
-# BUG (quantizer._process_model_before_weight_loading): without safetensors files there is no pre-flight at all.
 def test_pickled_weights_are_refused(folder, forbid_weights):
     torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
     (folder / WEIGHTS).unlink()
@@ -220,7 +216,6 @@ def test_a_checkpoint_cannot_name_data_tokenizers_or_patterns(folder, model, mon
     assert torch.equal(logits(loaded), logits(model))
 
 
-# BUG (report.model_card): what a config says of its base goes into the front matter as it is.
 def test_a_checkpoint_cannot_write_into_the_card_of_a_model_saved_from_it(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["provenance"]["base_model"] = "someone/else\nlicense: injected"

@@ -122,7 +122,6 @@ def _gpt_neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=96))
 
 
-# BUG (quantizer._preflight): it looks for the names in the model, but transformers writes experts one by one, and some
 # architectures' tensors under their historical names. These models cannot be loaded again at all.
 @pytest.mark.parametrize("make", [_mixtral, _gpt_neox], ids=["experts", "historical-names"])
 def test_a_model_whose_tensors_have_other_names_on_disk_comes_back(make, tmp_path):
@@ -219,8 +218,6 @@ def test_an_intact_checkpoint_gets_as_far_as_its_weights(folder, forbid_weights)
         load(folder)
 
 
-# BUGS: (quantizer._tied) of an untied model, a missing lm_head or embedding is not noticed; (checkpoint.preflight)
-# ordinary weights of an integer dtype are accepted.
 @pytest.mark.parametrize("name", QUANTIZED + ORDINARY)
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.strip("_"))
 def test_damaged_tensors_are_named_before_weights_load(damage, name, folder, forbid_weights):
@@ -229,7 +226,6 @@ def test_damaged_tensors_are_named_before_weights_load(damage, name, folder, for
         load(folder)
 
 
-# BUG (quantizer._tied): the weight that others are tied to counts as one that may be missing.
 @pytest.mark.parametrize("architecture, name", [("llama-tied", "model.embed_tokens"), ("gpt2", "transformer.wte")])
 def test_a_missing_weight_that_the_head_is_tied_to_is_named(architecture, name, tmp_path, forbid_weights):
     quantized(architecture).save_pretrained(tmp_path)
@@ -238,7 +234,6 @@ def test_a_missing_weight_that_the_head_is_tied_to_is_named(architecture, name, 
         load(tmp_path)
 
 
-# BUG (quantizer._preflight): only quantized layers are looked at when the class is another than the saved one.
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", f"{LAYER}.lut"])
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
 def test_a_missing_tensor_of_the_body_is_named_whatever_the_head(auto, name, folder, forbid_weights):
@@ -329,7 +324,6 @@ def test_a_model_that_another_method_quantized_is_refused(folder, forbid_weights
         load(folder, quantization_config=GuidedQuantConfig(method="rtn"))
 
 
-# BUG (quantizer.calibrate_and_swap): transformers drops a quantization_config whose method it does not know, and gives
 # random values to weights that the file does not hold; these are quantized without a word.
 def test_weights_that_no_file_holds_are_not_quantized(tmp_path):
     tiny_model().save_pretrained(tmp_path)

@@ -30,7 +30,7 @@ def config(**changes):
 
 def logits(model, ids=PROMPT):
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model(input_ids=ids.to(model.device)).logits
 
 
 def generate(model, **options):

@@ -151,14 +151,12 @@ def test_a_loaded_model_can_be_pushed_again(hub):
     assert "base_model: me/base" in card(hub, "me/again")
 
 
-# BUG (checkpoint._push_to_hub): the card is committed to main before transformers opens the pull request.
 def test_a_pull_request_leaves_the_main_branch_alone(hub):
     assert hub.published["pull request"] is None
     assert "model.safetensors" in hub.server.find("me/proposed").files("refs/pr/1")
     assert hub.server.find("me/proposed").files("main") == {}
 
 
-# BUG (checkpoint._push_to_hub): the card is pushed to a branch that transformers has not made yet.
 def test_a_push_to_a_new_branch_arrives_there_with_our_card(hub):
     assert hub.published["branch"] is None
     assert "model.safetensors" in hub.server.find("me/branched").files("v2")

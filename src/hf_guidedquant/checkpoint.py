@@ -30,6 +30,23 @@ _MAX_HEADER = 100_000_000
 _SHOWN = 6
 
 
+def check_files(files: Iterable[str | os.PathLike], origin: str) -> None:
+    """Refuse pickled weights, and an index that points outside the model's folder.
+
+    Raises:
+        CheckpointError: Naming the file.
+    """
+    folders = {os.path.dirname(os.path.abspath(file)) for file in files}
+    root = os.path.abspath(origin) if os.path.isdir(origin) else min(folders)
+    for file in map(os.path.abspath, files):
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{os.path.basename(file)} is no safetensors file; nothing else is read.")
+        if os.path.commonpath([root, file]) != root:
+            raise CheckpointError(f"{file} lies outside the model's folder. Do not trust this checkpoint.")
+        if not os.path.isfile(file):
+            raise CheckpointError(f"{os.path.basename(file)} is missing. Download the model again.")
+
+
 def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of all tensors in safetensors files, without reading the tensors.
 
@@ -76,7 +93,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 def preflight(
     files: Iterable[str | os.PathLike],
     quantized: Mapping[str, TensorSpec],
-    others: Mapping[str, TensorSpec] | None = None,
+    others: Mapping[str, TensorSpec],
+    exact: bool,
     ignore: Iterable[str] = (),
 ) -> None:
     """Compare a checkpoint's headers with what a model needs, before any weight is loaded.
@@ -85,28 +103,26 @@ def preflight(
         files: The safetensors files of the checkpoint.
         quantized: Tensors of the quantized layers, by their name in the checkpoint. Names, shapes and dtypes must
             match.
-        others: All other tensors of the model, if the checkpoint must hold exactly those; only names and shapes must
-            match, since transformers converts dtypes. None: the model is another head on the same body; not checked.
+        others: The other tensors that must be there. Of their dtypes only the kind must match, since transformers
+            converts between floats.
+        exact: Whether the checkpoint may hold no tensors besides these (it may, for another head on the same body).
         ignore: Names that may be missing (tied weights) or left over.
 
     Raises:
         CheckpointError: Tensors are missing, left over, or of the wrong shape or dtype. The message names them.
     """
     found = read_headers(files)
-    expected = {**quantized, **(others or {})}
+    expected = {**quantized, **others}
     layers = {name.rpartition(".")[0] for name in quantized}
     ignored = set(ignore)
     missing = sorted(expected.keys() - found.keys() - ignored)
     extra = sorted(
-        name
-        for name in found.keys() - expected.keys() - ignored
-        if others is not None or name.rpartition(".")[0] in layers
+        name for name in found.keys() - expected.keys() - ignored if exact or name.rpartition(".")[0] in layers
     )
     wrong = [
         f"{name} (expected {_describe(expected[name])}, got {_describe(found[name])})"
         for name in sorted(expected.keys() & found.keys())
-        if found[name].shape != expected[name].shape
-        or (name in quantized and not _same_kind(found[name], expected[name], name))
+        if not _fits(found[name], expected[name], same_dtype=name in quantized and not name.endswith(".bias"))
     ]
     problems = [
         f"{what}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
@@ -121,11 +137,13 @@ def preflight(
         )
 
 
-def _same_kind(found: TensorSpec, expected: TensorSpec, name: str) -> bool:
-    """Codes and codebooks must have their very dtype; a bias only has to be a float."""
-    if name.endswith(".bias"):
-        return found.dtype.is_floating_point
-    return found.dtype == expected.dtype
+def _fits(found: TensorSpec, expected: TensorSpec, same_dtype: bool) -> bool:
+    """Same shape, and the same dtype or at least the same kind of dtype."""
+    if found.shape != expected.shape:
+        return False
+    if same_dtype:
+        return found.dtype == expected.dtype
+    return found.dtype.is_floating_point == expected.dtype.is_floating_point
 
 
 def _describe(spec: TensorSpec) -> str:
@@ -133,14 +151,20 @@ def _describe(spec: TensorSpec) -> str:
 
 
 def check_codebooks(model: nn.Module) -> None:
-    """Refuse a loaded model with NaN or infinite codebooks, or with layers that no file filled.
+    """Refuse a loaded model with NaN or infinite codebooks or biases in quantized layers.
 
     Raises:
         CheckpointError: Naming the layers.
     """
-    bad = [name for name, module in quantized_modules(model).items() if not torch.isfinite(module.lut).all()]
+    bad = [
+        name
+        for name, module in quantized_modules(model).items()
+        if not torch.isfinite(module.lut).all() or not (module.bias is None or torch.isfinite(module.bias).all())
+    ]
     if bad:
-        raise CheckpointError(f"NaN or infinite codebook in {', '.join(bad[:_SHOWN])}. The checkpoint is damaged.")
+        raise CheckpointError(
+            f"NaN or infinite codebook or bias in {', '.join(bad[:_SHOWN])}. The checkpoint is damaged."
+        )
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -229,10 +230,10 @@ def _check_overrides(overrides: object) -> None:
 
 
 def _check_format_version(version: object) -> None:
-    major = str(version).split(".")[0]
-    if not major.isdigit():
+    match = re.fullmatch(r"([0-9]{1,4})(\.[0-9]{1,9})*", str(version))
+    if match is None:
         raise ConfigError("format_version", version, f"a version like {FORMAT_VERSION!r}")
-    if int(major) > int(FORMAT_VERSION.split(".")[0]):
+    if int(match[1]) > int(FORMAT_VERSION.split(".")[0]):
         raise CheckpointError(
             f"This model was saved in guidedquant format {version}; this version of hf-guidedquant reads up to "
             f"{FORMAT_VERSION}. Upgrade it: pip install -U hf-guidedquant"

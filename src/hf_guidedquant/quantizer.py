@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -15,6 +16,7 @@ from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape
 from .nn import GuidedLinear, cache_dequantized, dequantize_model, quantized_modules, replace_module
+from .plan import plan
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +89,12 @@ class GuidedQuantizer(HfQuantizer):
                 in_features, out_features, bits, bias, lut_dtype=lut_dtype, dtype=dtype, device=old.weight.device
             )
             replace_module(model, name, new)
-        if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
-            _preflight(model, self.quantization_config, checkpoint_files)
+        if checkpoint_files:
+            _preflight(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            _check_loaded(model, self.quantization_config)
             self.calibrate_and_swap(model)
             return
         for module in quantized_modules(model).values():
@@ -162,7 +165,7 @@ def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:
         raise CheckpointError(f"config.json: modules[{name!r}] is {settings!r}; it must be like {{'bits': 3}}.")
     check_bits(f"modules[{name!r}]['bits']", settings.get("bits"))
     lut_dtype = settings.get("lut_dtype", "float16")
-    if lut_dtype not in _LUT_DTYPES:
+    if not isinstance(lut_dtype, str) or lut_dtype not in _LUT_DTYPES:
         raise CheckpointError(
             f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r}; it must be float16 or float32."
         )
@@ -177,35 +180,50 @@ def _aliases(model: Any, name: str) -> Iterable[str]:
         yield f"{prefix}.{name}"
 
 
-def _preflight(model: Any, config: GuidedQuantConfig, files: Iterable[Any]) -> None:
+def _check_loaded(model: Any, config: GuidedQuantConfig) -> None:
+    """Refuse to quantize weights that no file held: transformers has filled them with random numbers."""
+    layers = [layer.name for layer in plan(model, config).layers]
+    absent = [x for x in layers if not getattr(model.get_submodule(x).weight, "_is_hf_initialized", False)]
+    if absent:
+        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        raise ModelError(f"The checkpoint holds no weight for {shown}. Load the full-precision original.")
+
+
+def _preflight(model: Any, files: Iterable[Any]) -> None:
+    checkpoint.check_files(files, model.config.name_or_path)
     found = checkpoint.read_headers(files)
+    layers = set(quantized_modules(model))
+    quantized, body, others = {}, {}, {}
+    inside = getattr(model, "base_model_prefix", "") + "."
+    is_body = getattr(model, "base_model", model) is model
+    # Names and shapes as transformers writes them, which for some architectures are not the model's own.
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
+        spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        saved_name = next((alias for alias in _aliases(model, name) if alias in found), name)
+        if name.rpartition(".")[0] in layers:
+            quantized[saved_name] = spec
+        elif is_body or name.startswith(inside):
+            body[saved_name] = spec
+        else:
+            others[saved_name] = spec
+    # Under the class that was saved, the checkpoint must hold the model's tensors, all of them and no others; under
+    # another class the body's.
     same_class = type(model).__name__ in (model.config.architectures or ())
-    converted = bool(getattr(model, "_checkpoint_conversion_mapping", None))
-
-    def saved_name(name: str) -> str:
-        return next((alias for alias in _aliases(model, name) if alias in found), name)
-
-    quantized = {
-        saved_name(f"{name}.{key}"): TensorSpec(tuple(tensor.shape), tensor.dtype)
-        for name, module in quantized_modules(model).items()
-        for key, tensor in module.named_parameters()
-    }
-    # Under the class that was saved, the checkpoint must hold the model's tensors, all of them and no others.
-    others = None
-    if same_class and not converted:
-        layers = set(quantized_modules(model))
-        others = {
-            name: TensorSpec(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in model.state_dict().items()
-            if name.rpartition(".")[0] not in layers
-        }
-    checkpoint.preflight(files, quantized, others, ignore=_tied(model))
+    expected = body | others if same_class else body
+    checkpoint.preflight(files, quantized, expected, exact=same_class, ignore=_tied(model, found))
 
 
-def _tied(model: Any) -> set[str]:
-    """Names that a checkpoint need not hold, because they are tied to another."""
-    keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ()
-    return set(keys) | (set(keys.values()) if isinstance(keys, dict) else set())
+def _tied(model: Any, found: Iterable[str]) -> set[str]:
+    """Names that a checkpoint need not hold, because it holds the weight that they are tied to."""
+    state, found = model.state_dict(), set(found)
+    ignored = set()
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        here, there = (
+            {alias for saved in revert_weight_conversion(model, {n: state[n]}) for alias in _aliases(model, saved)}
+            for n in pair
+        )
+        ignored |= (there if here & found else set()) | (here if there & found else set())
+    return ignored
 
 
 def register() -> None:

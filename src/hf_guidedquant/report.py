@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -128,10 +129,15 @@ def _align(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+_CALIBRATION = {"calibration": str, "rows": int, "tokens": int, "sha256": str, "seed": int}
+
+
 def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str, tags: list[str] | None = None) -> str:
     """The README of a saved model: how to load it, what it is, how it was made."""
     provenance = settings.get("provenance", {})
     base = provenance.get("base_model")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base or "")):
+        base = None
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base:
         front += [f"base_model: {base}", "base_model_relation: quantized"]
@@ -172,7 +178,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
             f"| size | {_megabytes(report.quantized_bytes)} (before: {_megabytes(report.dense_bytes)}) |",
         ]
         lines += [f"| {name} | {value} |" for name, value in report.measured.items()]
-    if provenance.get("calibration"):
+    if all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items()):
         lines.append(
             f"| calibration | {provenance['calibration']}: {provenance['rows']} rows, {provenance['tokens']:,} tokens "
             f"(sha256 `{provenance['sha256'][:16]}…`), seed {provenance['seed']} |"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from hf_guidedquant.triton_kernels import OPS_NAMESPACE, lut_dequantize, lut_linear, pack_codes, reference
 
 OPS = getattr(torch.ops, OPS_NAMESPACE)
@@ -181,7 +182,6 @@ def test_opcheck_linear(case):
     torch.library.opcheck(OPS.lut_linear.default, op_arguments()[case])
 
 
-# BUG (triton_kernels/torch-ext/guidedquant_lut/ops.py): the gradient lives in the Python wrapper, none is registered
 # with the op. Whoever calls torch.ops directly gets torch's deprecated fallback and a warning of incorrect results.
 def test_opcheck_linear_with_gradient():
     x, *rest = op_arguments()["plain"]
@@ -225,7 +225,6 @@ def test_compiled_without_graph_breaks_it_equals_eager(backend, gradient):
             assert torch.equal(same.grad, x.grad)
 
 
-# BUG (triton_kernels/torch-ext/guidedquant_lut/ops.py): under autocast the product inside the op comes back in the
 # autocast dtype, while the op's fake implementation, so a compiled model, and the sum with a bias promise x's.
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("gradient", [False, True])
@@ -299,7 +298,6 @@ BROKEN_LINEAR = {
 }
 
 
-# BUG (triton_kernels/torch-ext/guidedquant_lut/ops.py) where x needs a gradient: the bias is added outside the op
 # without a check (a wrong shape broadcasts in silence), and a scalar x raises IndexError.
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("what", [*broken_calls(), *BROKEN_LINEAR])
@@ -317,7 +315,6 @@ BROKEN_DEQUANTIZE = {
     "too-many-inputs": ({"in_features": 65}, "65 inputs take 3 words a row.* has 2"),
     "too-few-inputs": ({"in_features": 32}, "32 inputs take 1 words a row.* has 2"),
     "negative-inputs": ({"in_features": -40}, "inputs"),
-    # BUG (ops.py): an integer dtype is not refused; the codebook is silently truncated to whole numbers.
     "integer-dtype": ({"dtype": torch.int32}, "floating point"),
 }
 
@@ -331,7 +328,6 @@ def test_dequantize_refuses_what_does_not_fit_and_says_what_would(what):
         lut_dequantize(**arguments)
 
 
-# BUG (triton_kernels/torch-ext/guidedquant_lut/reference.py): ZeroDivisionError; neither an empty sum nor the
 # RuntimeError that the docstring promises.
 def test_no_inputs_at_all_is_an_empty_sum():
     result = lut_linear(torch.ones(3, 0), torch.zeros(2, 5, 0, dtype=torch.int32), torch.ones(5, 4))

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hf_guidedquant.triton_kernels import pack_codes, unpack_codes, words_per_row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_guidedquant.codes import Codes
 from hf_guidedquant.formats import lut
+from hf_guidedquant.triton_kernels import pack_codes, unpack_codes, words_per_row
 
 PROPERTY = settings(max_examples=120, deadline=None, derandomize=True)
 

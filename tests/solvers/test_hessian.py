@@ -184,7 +184,6 @@ def test_the_scale_is_recorded_and_leaves_the_solution_alone(shape, tokens, expo
     )
 
 
-# BUG (src/hf_guidedquant/solvers/hessian.py): `statistics + statistics.mT` and the sum inside `mean` overflow for
 # finite entries near the top of fp32. Every input then counts as dead or the result is NaN, and no error is raised.
 def test_finite_statistics_near_the_top_of_fp32_are_used_or_refused_by_name():
     statistics = gram(1, 8, 50)
@@ -196,10 +195,11 @@ def test_finite_statistics_near_the_top_of_fp32_are_used_or_refused_by_name():
         return
     assert torch.isfinite(note.scale).all()
     assert note.dead_inputs == 0
-    assert torch.equal(result, condition(statistics, "o_proj")[0])
+    # Two roundings in scaling up, and two more in the normalisation of each.
+    bound = 6 * torch.finfo(torch.float32).eps * result.abs().amax()
+    assert (result - condition(statistics, "o_proj")[0]).abs().amax() <= bound
 
 
-# BUG (src/hf_guidedquant/solvers/hessian.py): one group without calibration tokens discards the Hessians of all others.
 def test_a_group_of_zeros_leaves_the_other_groups_their_hessian():
     good = gram(1, 6, 40)
     result, note = condition(torch.cat([good, torch.zeros(1, 6, 6)]), "layer")

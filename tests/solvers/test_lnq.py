@@ -177,7 +177,6 @@ def test_lnq_beats_squeezellm_beats_rtn_on_the_objective(seed, bits):
     assert ours.sum() < clustered.sum() < grid.sum()
 
 
-# BUG (src/hf_guidedquant/solvers/kmeans.py) for 8 bits: the start uses at most 48 codewords, and LNQ hardly wins the
 # others back.
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
 def test_lnq_beats_rtn_at_many_bits(bits):
@@ -241,7 +240,6 @@ def test_fewer_distinct_values_than_codewords_lose_nothing(bits, distinct):
     assert (solution.objectives["lnq"] == 0).all()
 
 
-# BUG (src/hf_guidedquant/solvers/kmeans.py) for 60 inputs and 8 bits: at most 48 of the 256 codewords are used.
 @pytest.mark.parametrize("bits", [1, 8])
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 1), (1, 40), (1, 60), (5, 2)])
 def test_smallest_shapes_and_extreme_bits(bits, rows, inputs):

@@ -11,6 +11,7 @@ with the layer's input still in hand, and adds to ``H`` there and then, on the l
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -105,9 +106,10 @@ def collect(
         if guided:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_gradients_of_activations_only(model))
-            stack.enter_context(_tapped(layers, statistics))
             if checkpointing:
                 stack.enter_context(_checkpointed(model))
+            stack.enter_context(_repeatable_backward(model, rows[0]))
+            stack.enter_context(_tapped(layers, statistics))
         else:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_watched(layers, statistics))
@@ -236,6 +238,37 @@ def _gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
         start.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _repeatable_backward(model: PreTrainedModel, row: Tensor) -> Iterator[None]:
+    """Demand deterministic kernels of attention's backward pass, if all of the model's operations have them.
+
+    Fused attention is deterministic on a GPU only in torch's strict mode, which refuses some other operations; a trial
+    run with one row tells. On a CPU everything is deterministic anyway.
+    """
+    device = input_device(model)
+    if device.type == "cpu":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # cuBLAS reads this at every product; strict mode refuses to run without it.
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.use_deterministic_algorithms(True)
+        try:
+            _run_row(model, row.to(device), guided=True)
+        except RuntimeError as error:
+            if "determinis" not in str(error):
+                raise
+            logger.warning("The calibration of this model is not repeatable bit for bit: %s", str(error).split(".")[0])
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if workspace is None:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 @contextmanager

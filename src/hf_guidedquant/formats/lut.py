@@ -1,7 +1,7 @@
 """Bit-planes and a codebook per row: the format of scalar-codebook checkpoints.
 
-A layer ``P`` with N outputs, K inputs and b bits is saved as ``P.weight`` (int32 ``[b, N, ceil(K / 32)]``; plane 0 is the
-least significant code bit, and bit i of word j belongs to input 32 j + i) and ``P.lut`` (``[N, 2**b]``, fp16 unless the
+A layer ``P`` with N outputs, K inputs and b bits is saved as ``P.weight`` (int32 ``[b, N, ceil(K / 32)]``; plane 0 is
+the least significant code bit, bit i of word j belongs to input 32 j + i) and ``P.lut`` (``[N, 2**b]``, fp16 unless the
 weights do not fit it), with its unquantized bias, if any, as ``P.bias``.
 """
 

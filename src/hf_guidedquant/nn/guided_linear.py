@@ -22,8 +22,8 @@ class GuidedLinear(nn.Module):
         dtype: Dtype of the bias.
         device: Where to allocate; ``"meta"`` for a module that is about to be loaded.
 
-    The state dict holds ``weight`` (int32 ``[bits, out, ceil(in / 32)]``), ``lut`` (``[out, 2**bits]``) and, if there is
-    one, ``bias``. All are Parameters without gradient; gradients flow to the input. The packed tensor is called
+    The state dict holds ``weight`` (int32 ``[bits, out, ceil(in / 32)]``), ``lut`` (``[out, 2**bits]``) and, if there
+    is one, ``bias``. All are Parameters without gradient; gradients flow to the input. The packed tensor is called
     ``weight`` so that a load without this package fails on its shape instead of leaving random weights.
     """
 

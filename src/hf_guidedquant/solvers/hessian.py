@@ -1,6 +1,6 @@
 """Make an accumulated Hessian fit to solve with: finite, symmetric, positive definite, of unit mean diagonal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
         layer: Name for the error message.
 
     Returns:
-        Statistics of the same shape with mean diagonal 1, and what was done. If all statistics are zero, or damping
-        did not help, the result is a plain diagonal (in the shape that was given) and ``fallback`` says why.
+        Statistics of the same shape, whose diagonal has mean 1 before repairs, and what was done. A group without any
+        data becomes the identity, one that damping does not help its diagonal, and ``fallback`` says why.
 
     Raises:
         HessianError: NaN or infinite statistics.
@@ -49,44 +49,41 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
             "Load the model in bfloat16 or float32 (float16 activations can overflow), or check the calibration rows.",
         )
     full = statistics.dim() == 3
-    if full:
-        statistics = (statistics + statistics.mT) / 2
-    # A diagonal of a Gram matrix cannot be negative; rounding of a cancelled sum can make it so.
     diagonal = (statistics.diagonal(dim1=-2, dim2=-1) if full else statistics).clamp_min(0)
-    scale = diagonal.mean(dim=-1)
-    if (scale == 0).any():
-        plain = torch.ones_like(diagonal)
-        note = Conditioning(scale, int((diagonal == 0).sum()), fallback="no calibration token reached this layer")
-        return (torch.diag_embed(plain) if full else plain), note
-    diagonal = diagonal / scale.unsqueeze(-1)
+    # Divided by a power of two near the largest entry first (exact), so that sums stay in range for any scale.
+    peak = torch.ldexp(torch.ones_like(diagonal[..., 0]), diagonal.amax(dim=-1).frexp().exponent - 1)
+    diagonal = diagonal / peak.unsqueeze(-1)
+    mean = diagonal.mean(dim=-1)
+    scale = mean * peak
+    unit = torch.where(mean > 0, mean, torch.ones_like(mean))
     dead = diagonal == 0
-    diagonal = torch.where(dead, torch.ones_like(diagonal), diagonal)
-    dead_inputs = int(dead.sum())
+    diagonal = torch.where(dead, torch.ones_like(diagonal), diagonal / unit.unsqueeze(-1))
+    fallback = "no calibration token reached this layer" if (mean == 0).any() else None
+    note = Conditioning(scale, int(dead.sum()), fallback=fallback)
     if not full:
-        return diagonal, Conditioning(scale, dead_inputs)
-    hessian = statistics / scale.view(-1, 1, 1)
+        return diagonal, note
+    hessian = statistics / peak.view(-1, 1, 1) / unit.view(-1, 1, 1)
+    hessian = (hessian + hessian.mT) / 2
     hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
-    damped, damping = _damp(hessian)
-    if damped is None:
-        note = Conditioning(scale, dead_inputs, _DAMPING[-1], fallback="not positive definite at the largest damping")
-        return torch.diag_embed(diagonal), note
-    return damped, Conditioning(scale, dead_inputs, damping)
-
-
-def _damp(hessian: Tensor) -> tuple[Tensor | None, float]:
-    """Add the least multiple of the identity from the list (0 first) that makes every group factorise."""
-    used = 0.0
-    groups = []
     for group in hessian:
-        for damping in (0.0, *_DAMPING):
-            candidate = group
-            if damping:
-                candidate = group.clone()
-                candidate.diagonal().add_(damping)
-            if torch.linalg.cholesky_ex(candidate)[1] == 0:
-                break
-        else:
-            return None, damping
-        groups.append(candidate)
-        used = max(used, damping)
-    return torch.stack(groups), used
+        damping = _damp(group)
+        if damping is None:
+            damping = _DAMPING[-1]
+            group.copy_(torch.diag(group.diagonal()))
+            note = replace(note, fallback="not positive definite at the largest damping")
+        note = replace(note, damping=max(note.damping, damping))
+    return hessian, note
+
+
+def _damp(hessian: Tensor) -> float | None:
+    """Add to ``hessian [K, K]``, in place, the least damping of the list (0 first) that makes it factorise.
+
+    Returns the damping, or None if the largest was not enough; the matrix is unchanged then.
+    """
+    for damping in (0.0, *_DAMPING):
+        candidate = hessian.clone()
+        candidate.diagonal().add_(damping)
+        if torch.linalg.cholesky_ex(candidate)[1] == 0:
+            hessian.copy_(candidate)
+            return damping
+    return None

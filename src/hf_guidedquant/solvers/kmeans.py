@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
 
+# Runs of the sorted weights that dynamic programming groups into clusters.
 _RUNS = 48
 # Elements of the float64 work arrays of one chunk of rows.
 _CHUNK = 1 << 24
@@ -43,44 +44,52 @@ def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[
 
 def _cluster_rows(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> Tensor:
     """Ascending centroids, fp64 ``[rows, levels]``, of ``weight`` and ``importance``, both ``[rows, K]``."""
-    values, order = weight.sort(dim=-1, stable=True)
+    values, order = weight.contiguous().sort(dim=-1, stable=True)
     mass = importance.gather(-1, order).double()
-    centre = (mass * values).sum(dim=-1, keepdim=True) / mass.sum(dim=-1, keepdim=True)
-    values = values - centre
     # Centring keeps differences of running sums accurate. With a leading zero in the running sums, the sum over the
     # sorted positions [i, j) is sums[j] - sums[i].
+    centre = (mass * values).sum(dim=-1, keepdim=True) / mass.sum(dim=-1, keepdim=True)
+    values = values - centre
     sums = torch.stack([mass, mass * values, mass * values.square()])
     sums = torch.nn.functional.pad(sums.cumsum(dim=-1), (1, 0))
-    edges = _optimal_edges(sums, _run_edges(values, mass), levels)
-    centroids = _centroids(sums, edges, fallback=None)
+    if levels <= _RUNS // 3:
+        edges = _optimal_edges(sums, _run_edges(values, mass, _RUNS), levels)
+    else:  # so many codewords that the optimal density is as good a start as dynamic programming
+        edges = _run_edges(values, mass, levels)
+    centroids = _centroids(sums, values, edges, fallback=None)
     for _ in range(iterations):
         edges = torch.nn.functional.pad(
             torch.searchsorted(values, (centroids[:, 1:] + centroids[:, :-1]) / 2), (1, 1), value=0
         )
         edges[:, -1] = values.shape[1]
-        moved = _centroids(sums, edges, fallback=centroids)
+        moved = _centroids(sums, values, edges, fallback=centroids)
         if torch.equal(moved, centroids):
             break
         centroids = moved
     return centroids + centre
 
 
-def _run_edges(values: Tensor, mass: Tensor) -> Tensor:
+def _run_edges(values: Tensor, mass: Tensor, runs: int) -> Tensor:
     """Cut every sorted row into runs: int64 ``[rows, runs + 1]`` positions from 0 to K.
 
     The runs hold equal shares of ``h^(1/3) Δ^(2/3)`` (Δ the gap to the neighbour), whose density is the optimal density
-    of quantization points (Panter and Dite 1951), so the tails are cut as finely as the optimum needs.
+    of quantization points (Panter and Dite 1951), so the tails are cut as finely as the optimum needs. A row with no
+    more distinct values than runs gets a run for each value.
     """
-    rows, inputs = values.shape
-    if inputs <= _RUNS:
-        return torch.arange(inputs + 1, device=values.device).expand(rows, -1)
     gaps = torch.nn.functional.pad(values.diff(dim=-1), (1, 0))
     share = (mass / mass.mean(dim=-1, keepdim=True)).pow(1 / 3) * gaps.pow(2 / 3)
-    # A small even share keeps constant rows and repeated values well defined.
+    # A small even share keeps rows of repeated values well defined.
     share = share + share.mean(dim=-1, keepdim=True) * 1e-3 + torch.finfo(share.dtype).tiny
     position = share.cumsum(dim=-1)
-    cuts = torch.linspace(0, 1, _RUNS + 1, device=values.device, dtype=values.dtype)[1:-1]
+    cuts = torch.linspace(0, 1, runs + 1, device=values.device, dtype=values.dtype)[1:-1]
     inner = torch.searchsorted(position, position[:, -1:] * cuts)
+    inputs = values.shape[1]
+    if inputs > runs:  # every run holds a weight at least
+        index = torch.arange(1, runs, device=values.device)
+        inner = torch.minimum((inner - index).clamp_min(0).cummax(dim=-1).values + index, inputs - runs + index)
+    rank = (gaps > 0).long().cumsum(dim=-1)
+    each_value = torch.arange(1, runs, device=values.device).expand(values.shape[0], -1).contiguous()
+    inner = torch.where(rank[:, -1:] < runs, torch.searchsorted(rank, each_value), inner)
     edges = torch.nn.functional.pad(inner, (1, 1), value=0)
     edges[:, -1] = inputs
     return edges
@@ -109,15 +118,19 @@ def _optimal_edges(sums: Tensor, edges: Tensor, levels: int) -> Tensor:
     return edges.gather(-1, torch.cat(chosen[::-1], dim=-1))
 
 
-def _centroids(sums: Tensor, edges: Tensor, fallback: Tensor | None) -> Tensor:
+def _centroids(sums: Tensor, values: Tensor, edges: Tensor, fallback: Tensor | None) -> Tensor:
     """Weighted means between neighbouring edges; an empty cluster keeps its place (or its left neighbour's value)."""
     at = sums[:2].gather(-1, edges.expand(2, -1, -1))
     mass, first = at.diff(dim=-1)
-    mean = first / mass
-    if fallback is None:
-        # No history yet: repeat the nearest centroid on the left; the first cluster of an optimum is never empty
-        # unless the row needs fewer clusters, then the one on the right.
-        filled = mean.nan_to_num(nan=-torch.inf).cummax(dim=-1).values
-        smallest = mean.nan_to_num(nan=torch.inf).amin(dim=-1, keepdim=True)
-        return torch.maximum(filled, smallest)
-    return torch.where(mass > 0, mean, fallback)
+    # Where importances differ by many orders of magnitude, running sums cannot resolve the small ones: a mean is at
+    # least kept between the smallest and the largest value of its cluster.
+    last = values.shape[1] - 1
+    low, high = values.gather(-1, edges[:, :-1].clamp_max(last)), values.gather(-1, (edges[:, 1:] - 1).clamp_min(0))
+    mean = torch.where(mass > 0, first / mass, (low + high) / 2)
+    mean = torch.maximum(torch.minimum(mean, high), low)
+    filled = edges.diff(dim=-1) > 0
+    if fallback is not None:
+        return torch.where(filled, mean, fallback)
+    # No history yet. Clusters are in ascending order, so the running maximum is the nearest one on the left.
+    leftmost = mean.masked_fill(~filled, torch.inf).amin(dim=-1, keepdim=True)
+    return torch.maximum(mean.masked_fill(~filled, -torch.inf).cummax(dim=-1).values, leftmost)

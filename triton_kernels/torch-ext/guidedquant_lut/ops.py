@@ -38,6 +38,10 @@ def _check_packed(weight: Tensor, lut: Tensor, in_features: int) -> None:
 
 def _linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
     _check_linear(x, weight, lut, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast would change the product's dtype behind the schema's back.
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.lut_linear(x, weight, lut, bias)
     return reference.lut_linear(x, weight, lut, bias)
 
 
@@ -58,12 +62,17 @@ def _check_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -
 
 
 def _dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    _check_packed(weight, lut, in_features)
+    _check_dequantize(weight, lut, in_features, dtype)
     return reference.lut_dequantize(weight, lut, in_features, dtype)
 
 
-def _dequantize_fake(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+def _check_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> None:
+    torch._check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
     _check_packed(weight, lut, in_features)
+
+
+def _dequantize_fake(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    _check_dequantize(weight, lut, in_features, dtype)
     return lut.new_empty(weight.shape[1], in_features, dtype=dtype)
 
 
@@ -75,19 +84,23 @@ torch.library.register_fake(f"{OPS_NAMESPACE}::lut_dequantize", _dequantize_fake
 _ops = getattr(torch.ops, OPS_NAMESPACE)
 
 
-class _LutLinear(torch.autograd.Function):
-    """The gradient with respect to x alone: codes and codebooks are constants here."""
+def _save_for_backward(ctx, inputs, output) -> None:
+    x, weight, lut, _ = inputs
+    ctx.save_for_backward(weight, lut)
+    ctx.in_features = x.shape[-1]
 
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lut: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, lut)
-        ctx.in_features = x.shape[-1]
-        return _ops.lut_linear(x, weight, lut, None)
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        weight, lut = ctx.saved_tensors
-        return grad @ _ops.lut_dequantize(weight, lut, ctx.in_features, grad.dtype), None, None
+def _backward(ctx, grad: Tensor):
+    """Gradients of x and the bias; codes and codebooks are constants here."""
+    weight, lut = ctx.saved_tensors
+    grad_x = grad @ _ops.lut_dequantize(weight, lut, ctx.in_features, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[3] else None
+    return grad_x, None, None, grad_bias
+
+
+torch.library.register_autograd(
+    f"{OPS_NAMESPACE}::lut_linear", _backward, setup_context=_save_for_backward, lib=_library
+)
 
 
 def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -105,9 +118,6 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = Non
     Raises:
         RuntimeError: Shapes or dtypes do not fit together.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        product = _LutLinear.apply(x, weight, lut)
-        return product if bias is None else product + bias.to(x.dtype)
     return _ops.lut_linear(x, weight, lut, bias)
 
 

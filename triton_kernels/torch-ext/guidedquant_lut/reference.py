@@ -63,7 +63,7 @@ def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.d
     entries = lut.shape[1]
     values = lut.to(dtype).flatten()
     dense = torch.empty(rows, in_features, dtype=dtype, device=weight.device)
-    step = max(1, _CHUNK // (words * WORD_BITS))
+    step = max(1, _CHUNK // max(1, words * WORD_BITS))
     for start in range(0, rows, step):
         codes = unpack_codes(weight[:, start : start + step], in_features)
         first = torch.arange(start, start + codes.shape[0], device=weight.device, dtype=torch.int32) * entries

@@ -1,0 +1,38 @@
+"""The README's Python is valid, and speaks of things that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig
+
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippets_name_only_what_exists(snippet):
+    for node in ast.walk(ast.parse(snippet)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "hf_guidedquant":
+            assert hasattr(hf_guidedquant, node.attr)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "GuidedQuantConfig":
+            GuidedQuantConfig(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords})
+
+
+def test_the_settings_table_gives_the_real_defaults():
+    rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    defaults = {field: default for fields, default in rows for field in re.findall(r"`(\w+)`", fields)}
+    config = GuidedQuantConfig()
+    for field in ("bits", "method", "guided", "num_groups", "dataset", "cache_dequantized"):
+        assert ast.literal_eval(defaults[field].strip("`")) == getattr(config, field), field
+    assert defaults["num_samples"] == f"{config.num_samples}, {config.seq_len}, {config.seed}"
+    assert defaults["lnq_iterations"] == f"{config.lnq_iterations}, {config.lnq_cycles}"
+
+
+def test_relative_links_lead_somewhere():
+    for page in (ROOT / "README.md", ROOT / "benchmarks/results/README.md", ROOT / "triton_kernels/README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), target

@@ -32,7 +32,7 @@ TALK = """
 import sys, hf_guidedquant
 from transformers import pipeline
 chat = pipeline("text-generation", model=sys.argv[1], device_map="auto")
-hf_guidedquant.cache_dequantized(chat.model)  # this text is short, but a CPU likes dense weights
+hf_guidedquant.cache_dequantized(chat.model)  # speed for memory; see the README
 messages = [{"role": "user", "content": sys.argv[2]}]
 reply = chat(messages, max_new_tokens=60, do_sample=False)
 print(reply[0]["generated_text"][-1]["content"])
@@ -59,11 +59,13 @@ def main() -> None:
     print("\n== Quantizing", flush=True)
     config = GuidedQuantConfig(**common)
     model: Any = AutoModelForCausalLM.from_pretrained(model_name, quantization_config=config, **settings)
-    hf_guidedquant.save(model, output, tokenizer)
     report = model.quantization_report
 
-    print("\n== Measuring", flush=True)
+    print("\n== Measuring, then saving", flush=True)
     results = {"quantized": perplexity(model, tokenizer, ids, options.context)}
+    text = f"perplexity on {ids.numel():,} tokens of {Path(options.evaluation).name}, context {options.context}"
+    report.measured[text] = round(results["quantized"], 2)
+    hf_guidedquant.save(model, output, tokenizer)
     del model
     original: Any = AutoModelForCausalLM.from_pretrained(model_name, **settings)
     results["original"] = perplexity(original, tokenizer, ids, options.context)

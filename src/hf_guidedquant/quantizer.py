@@ -16,7 +16,6 @@ from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape
 from .nn import GuidedLinear, cache_dequantized, dequantize_model, quantized_modules, replace_module
-from .plan import plan
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class GuidedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            _check_loaded(model, self.quantization_config)
+            _check_loaded(model)
             self.calibrate_and_swap(model)
             return
         for module in quantized_modules(model).values():
@@ -180,10 +179,10 @@ def _aliases(model: Any, name: str) -> Iterable[str]:
         yield f"{prefix}.{name}"
 
 
-def _check_loaded(model: Any, config: GuidedQuantConfig) -> None:
+def _check_loaded(model: Any) -> None:
     """Refuse to quantize weights that no file held: transformers has filled them with random numbers."""
-    layers = [layer.name for layer in plan(model, config).layers]
-    absent = [x for x in layers if not getattr(model.get_submodule(x).weight, "_is_hf_initialized", False)]
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    absent = [name for name, module in linears.items() if not getattr(module.weight, "_is_hf_initialized", False)]
     if absent:
         shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise ModelError(f"The checkpoint holds no weight for {shown}. Load the full-precision original.")

@@ -99,10 +99,12 @@ def machine(device: str) -> dict[str, str]:
     return {"device": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every option, and the description as it is written."""
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--model", required=True, help="folder or name of a full-precision model")
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
     parser.add_argument("--evaluation", required=True, help="text file to measure perplexity on")

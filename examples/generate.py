@@ -19,15 +19,18 @@ def main() -> None:
     parser.add_argument("model", help="folder or name of a quantized model")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--lean", action="store_true", help="no dense copies of the weights: less memory, much slower")
+    parser.add_argument("--lean", action="store_true", help="on a CPU: no dense copies of the weights")
     options = parser.parse_args()
 
     device = "auto" if torch.cuda.is_available() else None
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, device_map=device)
-    hf_guidedquant.cache_dequantized(model, not options.lean)
+    hf_guidedquant.cache_dequantized(model, device is None and not options.lean)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    messages = [{"role": "user", "content": options.prompt}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = options.prompt
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs.to(model.device), max_new_tokens=options.max_new_tokens, streamer=streamer)
 

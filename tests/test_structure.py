@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_guidedquant
 
 SOURCE = Path(hf_guidedquant.__file__).parent
@@ -74,10 +76,10 @@ def test_the_package_imports_without_triton_optimum_or_datasets():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_import_leaves_a_configured_log_alone():
-    code = (
-        "import logging; logging.basicConfig(level=logging.ERROR)\n"
-        "import hf_guidedquant\n"
-        "assert not logging.getLogger('hf_guidedquant').handlers"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("configure", ["", "logging.basicConfig(format='app %(message)s')"])
+@pytest.mark.parametrize("first", [True, False])
+def test_messages_are_shown_once_by_us_or_by_the_applications_log(configure, first):
+    steps = [configure, "import hf_guidedquant"] if first else ["import hf_guidedquant", configure]
+    code = "\n".join(["import logging", *steps, "logging.getLogger('hf_guidedquant.x').warning('hello')"])
+    shown = subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.PIPE, text=True).stderr
+    assert shown.strip() == ("app hello" if configure else "[guidedquant] hello")

@@ -30,15 +30,22 @@ __all__ = [
 register()
 
 
-def _show_progress_messages() -> None:
-    """Show what a run does (rows kept, the summary) unless the application has set up logging of its own."""
+class _Handler(_logging.StreamHandler):
+    """Shows messages as long as the application has not set up logging of its own."""
+
+    def emit(self, record: _logging.LogRecord) -> None:
+        if not _logging.getLogger().handlers:
+            super().emit(record)
+
+
+def _show_messages() -> None:
+    """Show what a run does (rows kept, the summary) to users who never configured a logger."""
     logger = _logging.getLogger(__name__)
-    if logger.level == _logging.NOTSET and not logger.handlers and not _logging.getLogger().handlers:
-        handler = _logging.StreamHandler()
+    if logger.level == _logging.NOTSET and not logger.handlers:
+        handler = _Handler()
         handler.setFormatter(_logging.Formatter("[guidedquant] %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(_logging.INFO)
-        logger.propagate = False
 
 
-_show_progress_messages()
+_show_messages()

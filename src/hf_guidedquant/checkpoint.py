@@ -173,7 +173,7 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     Raises:
         OutputFolderError: There is something in it.
     """
-    path = Path(folder)
+    path = Path(folder).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise OutputFolderError(
             f"{path} exists and is not an empty folder. Remove it, or choose another output folder."
@@ -181,11 +181,11 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     return path
 
 
-def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
+def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options: Any) -> Path:
     """Save a model (and its tokenizer) into a new folder, all or nothing.
 
     Everything is written to a temporary folder beside it, which takes its place at the end; an interrupted save leaves
-    nothing behind that looks like a model.
+    nothing behind that looks like a model. ``options`` go to ``save_pretrained`` (``max_shard_size=...``).
 
     Raises:
         OutputFolderError: The folder exists and is not empty.
@@ -196,7 +196,7 @@ def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
     try:
         # Named like the target, because the model card shows the folder's name.
         staged = temporary / target.name
-        model.save_pretrained(staged)
+        model.save_pretrained(staged, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
         if target.exists():

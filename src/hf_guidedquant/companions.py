@@ -20,11 +20,16 @@ def attach_saving(model: nn.Module, report: Report | None) -> None:
     saves, and the one that both ways of pushing upload with. A user's own README is left alone.
     """
     model.quantization_report = report  # type: ignore[assignment]
-    model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
+    model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     model._upload_modified_files = MethodType(_upload_modified_files, model)  # type: ignore[assignment]
 
 
-def _save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+# The two functions have the names of the methods they wrap: that is how a bound method is pickled, so that a model read
+# back from a pickle has the plain methods again.
+
+
+def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+    """``PreTrainedModel.save_pretrained``, and the companions."""
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if _is_quantized(self) and kwargs.get("is_main_process", True):
         folder = Path(save_directory)

@@ -120,6 +120,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_patterns("modules_to_not_convert", self.modules_to_not_convert)
         _check_overrides(self.overrides)
         _check_format_version(self.format_version)
+        if self.dataset is None:
+            raise ConfigError("dataset", None, 'calibration data; "builtin" is the default')
         for name in ("modules", "provenance"):
             if not isinstance(getattr(self, name), dict):
                 raise ConfigError(name, getattr(self, name), "a dictionary (it is filled in by quantization)")
@@ -141,6 +143,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             logger.warning("Ignoring unknown or run-only keys of a guidedquant config: %s", ", ".join(ignored))
         config = cls(**{key: value for key, value in config_dict.items() if key in accepted})
         unused = config.update(**kwargs)
+        config.__post_init__()
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:

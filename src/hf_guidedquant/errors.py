@@ -36,14 +36,14 @@ class AlreadyQuantizedError(ModelError):
 
 
 class NonFiniteWeightError(ModelError):
-    """A weight to be quantized holds NaN or infinity."""
+    """A weight of the model holds NaN or infinity."""
 
     def __init__(self, layers: Iterable[str]) -> None:
         names = list(layers)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         super().__init__(
-            f"NaN or infinite weights in: {shown}. Load an intact checkpoint, or leave these layers in full precision "
-            f"with modules_to_not_convert=[{names[0]!r}, ...]."
+            f"NaN or infinite weights in: {shown}. Load an intact checkpoint; a float16 copy may have overflowed, "
+            "so try dtype=torch.bfloat16 or torch.float32."
         )
         self.layers = names
 

@@ -28,9 +28,12 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
         context: Tokens per window, at least 2.
 
     Raises:
-        CalibrationError: Fewer than two tokens, or ``context`` below 2.
+        CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the model's.
     """
     ids = _token_ids(tokenizer, text_or_dataset)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and context > longest:
+        raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
     if context < 2 or ids.numel() < 2:
         raise CalibrationError(
             f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}."
@@ -53,10 +56,12 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
 
 def _token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
     if isinstance(text_or_dataset, Tensor):
+        if text_or_dataset.is_floating_point():
+            raise CalibrationError(f"Token ids must be integers, got {text_or_dataset.dtype}.")
         return text_or_dataset.flatten()
     text = text_or_dataset
     if not isinstance(text, str):
         rows: Iterable[str] = text["text"] if hasattr(text, "column_names") else text
-        text = "\n\n".join(rows)
+        text = "\n\n".join(row for row in rows if row)
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)

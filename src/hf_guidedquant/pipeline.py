@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -21,15 +24,20 @@ from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import Plan, plan
 from .report import LayerReport, Report
 from .resources import reproducible
-from .solving import solve_layers
+from .solving import batches, solve_layers
 
 logger = logging.getLogger(__name__)
 
 
-def run(model: PreTrainedModel, config: GuidedQuantConfig) -> Report:
+def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool = False) -> Report:
     """Quantize ``model`` in place and fill in ``config.modules`` and ``config.provenance``.
 
     Nothing of the model changes before every layer is solved.
+
+    Args:
+        model: A causal language model.
+        config: What to do.
+        freshly_loaded: The weights were just read by ``from_pretrained``, which leaves a mark on each that it found.
 
     Raises:
         ModelError: The model cannot be quantized (quantized before, NaN weights, offloaded weights, no linears).
@@ -38,34 +46,39 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig) -> Report:
     """
     check_model(model)
     layers_plan = plan(model, config)
-    _check_weights(model, layers_plan)
+    _check_weights(model, layers_plan, freshly_loaded)
     seconds: dict[str, float] = {}
     packed: dict[str, dict[str, Tensor]] = {}
     reports: dict[str, LayerReport] = {}
     with reproducible():
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
-        for window in windows(model, layers_plan.layers, config):
+        passes = windows(model, batches(model, layers_plan.layers), config)
+        for index, window in enumerate(passes, start=1):
+            which = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with _timed("calibration", seconds):
-                statistics = gather(model, window, calibration, config)
+                statistics = gather(model, list(chain(*window)), calibration, config, "Calibrating" + which)
             with _timed("solving", seconds):
-                for layer, codes, report in solve_layers(model, window, statistics, config):
+                for layer, codes, report in solve_layers(model, window, statistics, config, "Solving" + which):
                     packed[layer.name], reports[layer.name] = lut_format.encode(codes), report
-    for layer in layers_plan.layers:
-        bias: Any = model.get_submodule(layer.name).bias
-        replace_module(model, layer.name, GuidedLinear.from_tensors(packed.pop(layer.name), layer.in_features, bias))
-    config.modules = {layer.name: reports[layer.name].settings() for layer in layers_plan.layers}
-    config.provenance = _provenance(model, config, calibration)
+    packed_bytes = sum(tensor.nbytes for tensors in packed.values() for tensor in tensors.values())
+    weights = [stored_weight(model.get_submodule(layer.name)) for layer in layers_plan.layers]
     summary = Report(
         model=type(model).__name__,
-        settings=config.to_dict(),
         layers=[reports[layer.name] for layer in layers_plan.layers],
         skipped=layers_plan.skipped,
         dense_bytes=layers_plan.dense_bytes,
-        quantized_bytes=layers_plan.quantized_bytes,
-        bits_per_weight=layers_plan.bits_per_weight,
+        quantized_bytes=layers_plan.dense_bytes - sum(weight.nbytes for weight in weights) + packed_bytes,
+        bits_per_weight=8 * packed_bytes / sum(weight.numel() for weight in weights),
         seconds=seconds,
     )
+    del weights
+    for layer in layers_plan.layers:
+        bias: Any = model.get_submodule(layer.name).bias
+        replace_module(model, layer.name, GuidedLinear.from_tensors(packed.pop(layer.name), layer.in_features, bias))
+    config.modules = {layer.name: reports[layer.name].settings(config) for layer in layers_plan.layers}
+    config.provenance = _provenance(model, config, calibration)
+    summary.settings = config.to_dict()
     logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
 
@@ -93,6 +106,10 @@ def check_model(model: nn.Module) -> None:
             f"{len(offloaded)} weights (first: {offloaded[0]}) are offloaded to CPU or disk, so they cannot be "
             'quantized. Load the model whole: device_map="cpu", or a device map of GPUs only.'
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder model; only causal language models are supported."
+        )
     if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
             "Quantization needs gradients of activations, which torch.inference_mode() forbids. "
@@ -100,26 +117,30 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _check_weights(model: nn.Module, layers_plan: Plan) -> None:
-    names = [layer.name for layer in layers_plan.layers]
-    bad = [name for name in names if not torch.isfinite(stored_weight(model.get_submodule(name))).all()]
+def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) -> None:
+    """Refuse NaN anywhere, and layers that no file filled: transformers has given those random weights."""
+    bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
     if bad:
         raise NonFiniteWeightError(bad)
+    weights: dict[str, Any] = {layer.name: model.get_submodule(layer.name).weight for layer in layers_plan.layers}
+    absent = [name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)]
+    if freshly_loaded and absent:
+        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        raise ModelError(f"The checkpoint holds no weight for {shown}. Load the full-precision original.")
 
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
     """Token rows, if any layer's method needs data."""
     if all(layer.statistics == "none" for layer in layers_plan.layers):
         return None
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seq_len
-    if longest < config.seq_len:
-        logger.info("Rows are cut to the model's context of %d tokens (seq_len=%d).", longest, config.seq_len)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_rows(
         config.dataset,
         _tokenizer(model, config),
         num_samples=config.num_samples,
-        seq_len=min(config.seq_len, longest),
+        seq_len=config.seq_len,
         seed=config.seed,
+        context=longest,
         vocab_size=stored_weight(model.get_input_embeddings()).shape[0],
     )
     logger.info(calibration.describe())
@@ -143,13 +164,20 @@ def _tokenizer(model: PreTrainedModel, config: GuidedQuantConfig) -> Any:
         return None
 
 
+def _is_hub_name(origin: str) -> bool:
+    """Whether the model came from the Hub: its config then lies in the Hub's cache. Anything else may be a path."""
+    try:
+        return not os.path.exists(origin) and isinstance(try_to_load_from_cache(origin, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
 def _provenance(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> dict[str, Any]:
     """Where the model came from, without texts, paths or tokens."""
     packages = ("hf-guidedquant", "torch", "transformers")
     found: dict[str, Any] = {"versions": {package: version(package) for package in packages}}
     origin = str(getattr(model, "name_or_path", ""))
-    # Only names of the form owner/model or model can be Hub repositories; anything on disk is a path.
-    if origin and origin.count("/") <= 1 and not os.path.exists(origin) and not os.path.isabs(origin):
+    if _is_hub_name(origin):
         found["base_model"] = origin
     if calibration is not None:
         found |= {

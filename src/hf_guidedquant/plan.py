@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .config import GuidedQuantConfig, matches
-from .errors import NoLinearLayersError
+from .errors import ConfigError, NoLinearLayersError
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, stored_weight
 from .solvers import SOLVERS
@@ -93,8 +93,10 @@ def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning.
 
     Raises:
+        ConfigError: An override or exclusion matches no module.
         NoLinearLayersError: Nothing is left to quantize.
     """
+    _check_patterns(model, config)
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     unhandled: list[str] = []
@@ -126,6 +128,15 @@ def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
         )
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
+
+
+def _check_patterns(model: nn.Module, config: GuidedQuantConfig) -> None:
+    """Refuse names and patterns that mean no module: a misspelt one would go unnoticed."""
+    names = [name for name, _ in model.named_modules()]
+    for field, patterns in (("overrides", config.overrides), ("modules_to_not_convert", config.modules_to_not_convert)):
+        for pattern in patterns or ():
+            if not any(matches(name, pattern) for name in names):
+                raise ConfigError(field, pattern, f"names or patterns of modules, like {names[-1]!r}")
 
 
 def _skip_reason(

@@ -11,6 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from . import checkpoint, companions, pipeline
+from .calibration.rows import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 _LUT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def quantize(model: Any, config: GuidedQuantConfig) -> Any:
+def quantize(model: Any, config: GuidedQuantConfig | dict[str, Any]) -> Any:
     """Quantize a loaded model in place; the same result as ``from_pretrained(..., quantization_config=config)``.
 
     Args:
         model: A Transformers language model on any devices, in fp32, bf16 or fp16.
-        config: What to do. It is copied, not changed.
+        config: What to do, as a config or a dictionary of its fields. It is copied, not changed.
 
     Returns:
         The model. It saves, pushes and generates like any other; ``model.quantization_report`` tells what was done.
@@ -35,7 +36,8 @@ def quantize(model: Any, config: GuidedQuantConfig) -> Any:
     Raises:
         GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then.
     """
-    quantizer = GuidedQuantizer(config, pre_quantized=False)
+    settings = GuidedQuantConfig(**config) if isinstance(config, dict) else config
+    quantizer = GuidedQuantizer(settings, pre_quantized=False)
     quantizer.calibrate_and_swap(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -62,6 +64,7 @@ class GuidedQuantizer(HfQuantizer):
                 "Quantization needs gradients of activations, which torch.inference_mode() forbids. "
                 "Call from_pretrained outside of it (torch.no_grad() is fine)."
             )
+        check_dataset(self.quantization_config.dataset)
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ModelError(
@@ -93,8 +96,7 @@ class GuidedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            _check_loaded(model)
-            self.calibrate_and_swap(model)
+            self.calibrate_and_swap(model, freshly_loaded=True)
             return
         for module in quantized_modules(model).values():
             module.requires_grad_(False)
@@ -102,11 +104,14 @@ class GuidedQuantizer(HfQuantizer):
         cache_dequantized(model, self.quantization_config.cache_dequantized)
         companions.attach_saving(model, report=None)
 
-    def calibrate_and_swap(self, model: Any) -> None:
+    def calibrate_and_swap(self, model: Any, freshly_loaded: bool = False) -> None:
         """Run the pipeline on a loaded model and leave it as a quantized one."""
-        report = pipeline.run(model, self.quantization_config)
-        model.config.quantization_config = self.quantization_config
-        cache_dequantized(model, self.quantization_config.cache_dequantized)
+        config = self.quantization_config
+        report = pipeline.run(model, config, freshly_loaded)
+        # The config stays on the model: the data must not.
+        config.dataset, config.tokenizer = "builtin", None
+        model.config.quantization_config = config
+        cache_dequantized(model, config.cache_dequantized)
         companions.attach_saving(model, report)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -177,15 +182,6 @@ def _aliases(model: Any, name: str) -> Iterable[str]:
     if prefix:
         yield name.removeprefix(prefix + ".")
         yield f"{prefix}.{name}"
-
-
-def _check_loaded(model: Any) -> None:
-    """Refuse to quantize weights that no file held: transformers has filled them with random numbers."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    absent = [name for name, module in linears.items() if not getattr(module.weight, "_is_hf_initialized", False)]
-    if absent:
-        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-        raise ModelError(f"The checkpoint holds no weight for {shown}. Load the full-precision original.")
 
 
 def _preflight(model: Any, files: Iterable[Any]) -> None:

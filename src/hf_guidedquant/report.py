@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .config import GuidedQuantConfig
 from .plan import LayerPlan
+from .solvers import SOLVERS
 
 REPORT_FILE = "guidedquant_report.json"
 
@@ -34,10 +36,14 @@ class LayerReport:
     bad_rows: int = 0
     lut_dtype: str = "float16"
 
-    def settings(self) -> dict[str, Any]:
-        """What config.json says of the layer: its bits, and the codebook's dtype if it is not fp16."""
+    def settings(self, config: GuidedQuantConfig) -> dict[str, Any]:
+        """What config.json says of the layer: its bits, and what else is not as everywhere."""
         entry: dict[str, Any] = {"bits": self.plan.bits}
-        return entry if self.lut_dtype == "float16" else {**entry, "lut_dtype": self.lut_dtype}
+        if self.plan.method != config.method:
+            entry["method"] = self.plan.method
+        if self.lut_dtype != "float16":
+            entry["lut_dtype"] = self.lut_dtype
+        return entry
 
 
 @dataclass
@@ -46,23 +52,23 @@ class Report:
 
     Attributes:
         model: Class of the model.
-        settings: The persisted config.
         layers: One entry per quantized layer.
         skipped: Weights left in full precision -> reason.
         dense_bytes, quantized_bytes: Size of all parameters before and after.
         bits_per_weight: Mean over the quantized weights, codebooks included.
         seconds: Stage -> time.
+        settings: The persisted config.
         measured: Anything measured on the model afterwards, e.g. ``{"perplexity": 23.1}``.
     """
 
     model: str
-    settings: dict[str, Any]
     layers: list[LayerReport]
     skipped: dict[str, str]
     dense_bytes: int
     quantized_bytes: int
     bits_per_weight: float
     seconds: dict[str, float]
+    settings: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,6 +144,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
     base = provenance.get("base_model")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base or "")):
         base = None
+    guided = settings["guided"] and SOLVERS[settings["method"]].statistics != "none"
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base:
         front += [f"base_model: {base}", "base_model_relation: quantized"]
@@ -170,7 +177,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
         "",
         "| | |",
         "|---|---|",
-        f"| method | {settings['method']}{', guided by the end loss' if settings['guided'] else ''} |",
+        f"| method | {settings['method']}{', guided by the end loss' if guided else ''} |",
     ]
     if report is not None:
         lines += [

@@ -27,16 +27,19 @@ def reproducible() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    precision = torch.get_float32_matmul_precision()
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 renamed the switch, and refuses programs that mix both names.
+    switch, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    precision = getattr(matmul, switch)
     with warnings.catch_warnings():
         # On one stream cuBLAS is deterministic without the workspace setting that this warning asks for.
         warnings.filterwarnings("ignore", message=".*CUBLAS_WORKSPACE_CONFIG.*")
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-            torch.set_float32_matmul_precision("highest")
+            setattr(matmul, switch, full)
             yield
         finally:
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-            torch.set_float32_matmul_precision(precision)
+            setattr(matmul, switch, precision)

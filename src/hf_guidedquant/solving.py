@@ -1,7 +1,7 @@
 """Take layers and their statistics through the solver, equal layers together."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,27 +13,48 @@ from .calibration import LayerStatistics
 from .codes import Codes
 from .config import GuidedQuantConfig
 from .formats import lut as lut_format
-from .linears import dense_weight, stored_weight
+from .linears import dense_weight
 from .plan import LayerPlan
 from .report import LayerReport
-from .resources import free_memory
 from .solvers import SOLVERS, SolverSpec
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
 
 logger = logging.getLogger(__name__)
 
-# Share of the free memory that a batch may take. On a CPU larger batches than this only miss its caches.
-_BATCH_SHARE, _BATCH_BYTES_CPU = 0.1, 1 << 28
+# Working memory of a batch. Fixed, not a share of what is free: products of another batch size can round differently,
+# and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
+_BATCH_BYTES = {"cpu": 1 << 28}
+_BATCH_BYTES_GPU = 1 << 32
+
+
+def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Layers of one shape, setting and device, in batches of bounded memory.
+
+    Coordinate descent walks over the inputs one by one, so many small layers at once cost hardly more steps than one.
+    """
+    alike: dict[tuple, list[LayerPlan]] = {}
+    for layer in layers:
+        weight = dense_weight(model.get_submodule(layer.name))
+        key = (replace(layer, name=""), weight.device, lut_format.codebook_dtype(weight))
+        alike.setdefault(key, []).append(layer)
+    for (one, device, _), members in alike.items():
+        work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
+        size = max(1, _BATCH_BYTES.get(device.type, _BATCH_BYTES_GPU) // work)
+        yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
 def solve_layers(
-    model: PreTrainedModel, layers: list[LayerPlan], statistics: dict[str, LayerStatistics], config: GuidedQuantConfig
+    model: PreTrainedModel,
+    window: Sequence[list[LayerPlan]],
+    statistics: dict[str, LayerStatistics],
+    config: GuidedQuantConfig,
+    title: str = "Solving",
 ) -> Iterator[tuple[LayerPlan, Codes, LayerReport]]:
-    """Solve every layer; ``statistics`` is emptied on the way, so that its memory is free as early as possible."""
-    total = sum(layer.weights for layer in layers)
-    with tqdm(total=total, desc="Solving", unit="weight", unit_scale=True) as bar:
-        for batch in _batches(model, layers):
+    """Solve batch after batch. ``statistics`` is emptied on the way, so that its memory is free as early as can be."""
+    total = sum(layer.weights for batch in window for layer in batch)
+    with tqdm(total=total, desc=title, unit="weight", unit_scale=True) as bar:
+        for batch in window:
             found = [statistics.pop(layer.name, None) for layer in batch]
             with torch.no_grad():
                 solved = _solve_batch(model, batch, found, config)
@@ -43,40 +64,25 @@ def solve_layers(
                 yield layer, codes, report
 
 
-def _batches(model: PreTrainedModel, layers: list[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Layers of one shape, setting and device, in batches of bounded memory.
-
-    Coordinate descent walks over the inputs one by one, so many small layers at once cost hardly more steps than one.
-    """
-    alike: dict[tuple, list[LayerPlan]] = {}
-    for layer in layers:
-        weight = stored_weight(model.get_submodule(layer.name))
-        key = (replace(layer, name=""), weight.device, lut_format.codebook_dtype(weight))
-        alike.setdefault(key, []).append(layer)
-    for (one, device, _), members in alike.items():
-        work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
-        budget = _BATCH_SHARE * free_memory(device)
-        if device.type == "cpu":
-            budget = min(budget, _BATCH_BYTES_CPU)
-        size = max(1, int(budget) // work)
-        yield from (members[i : i + size] for i in range(0, len(members), size))
-
-
 def _solve_batch(
     model: PreTrainedModel, batch: list[LayerPlan], statistics: list[LayerStatistics | None], config: GuidedQuantConfig
 ) -> list[tuple[LayerPlan, Codes, LayerReport]]:
-    """Codes and reports of layers that share shape, method, bits, groups and device."""
+    """Codes and reports of layers that share shape, method, bits, groups and device. Empties ``statistics``."""
     one = batch[0]
     groups = one.num_groups
     weights = [dense_weight(model.get_submodule(layer.name)).float() for layer in batch]
     grouped = torch.cat([_group_rows(weight, groups) for weight in weights])  # [layers * g, R, K]
     notes = [Conditioning(weight.new_zeros(groups)) for weight in weights]
+    bad_rows = [0] * len(batch)
     parts = []
     for index, (layer, found) in enumerate(zip(batch, statistics, strict=True)):
         if found is not None:
             part, notes[index] = condition(found.hessian, layer.name)
             parts.append(part)
-    stacked = torch.cat(parts) if parts else None
+            bad_rows[index] = int(found.bad_rows)
+    statistics.clear()
+    stacked = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+    parts.clear()
     spec = SolverSpec(
         one.bits,
         lut_format.codebook_dtype(weights[0]),
@@ -97,8 +103,6 @@ def _solve_batch(
             stage: float(value[own].sum() / unit[own].sum().clamp_min(1e-300))
             for stage, value in solution.objectives.items()
         }
-        found = statistics[index]
-        bad_rows = 0 if found is None else int(found.bad_rows)
         report = LayerReport(
             plan=layer,
             objectives=relative,
@@ -106,11 +110,11 @@ def _solve_batch(
             damping=notes[index].damping,
             dead_inputs=notes[index].dead_inputs,
             fallback=notes[index].fallback,
-            bad_rows=bad_rows,
+            bad_rows=bad_rows[index],
             lut_dtype=str(spec.codebook_dtype).removeprefix("torch."),
         )
         if report.fallback:
-            logger.warning("%s: %s; its weights alone guide the solver.", layer.name, report.fallback)
+            logger.warning("%s: %s.", layer.name, report.fallback)
         results.append((layer, codes, report))
     return results
 

@@ -159,7 +159,7 @@ def test_overflow_in_the_backward_pass_is_found_with_the_layers_name(rows):
 
 
 def test_a_model_without_logits_is_refused_when_guided(llama, rows):
-    with pytest.raises(ModelError, match="no logits"):
+    with pytest.raises(ModelError, match="no logits for every token"):
         gather(_Body(llama.model), rows)
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CalibrationError, ModelError
-from ..linears import linear_shape, stored_weight
+from ..linears import stored_weight
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ def _run_row(model: PreTrainedModel, ids: Tensor, guided: bool) -> bool:
     if not guided:
         return True
     logits = getattr(output, "logits", None)
-    if logits is None:
+    if logits is None or logits.dim() != 3:
         raise ModelError(
-            f"{type(model).__name__} gives no logits, so there is no end loss to be guided by. "
+            f"{type(model).__name__} gives no logits for every token, so there is no end loss to be guided by. "
             "Load the model with its language-model head (AutoModelForCausalLM), or use guided=False."
         )
     # A sum, not a mean: gradients keep their size whatever the row length, which fp16 needs.
@@ -205,12 +205,10 @@ def _watched(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStat
 
 @contextmanager
 def _hooks(handles: Iterator) -> Iterator[None]:
-    registered = list(handles)
-    try:
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in registered:
-            handle.remove()
 
 
 @contextmanager
@@ -228,11 +226,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
     """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     embeddings = model.get_input_embeddings()
     start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
     try:
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         yield
     finally:
         start.remove()
@@ -287,9 +285,3 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = own
-
-
-def activation_bytes(layers: Sequence[nn.Module], tokens: int, dtype: torch.dtype) -> int:
-    """Rough size of what the backward pass keeps of one row without checkpointing: inputs and outputs, twice over."""
-    features = sum(sum(linear_shape(module)) for module in layers)
-    return 2 * features * tokens * dtype.itemsize

@@ -24,7 +24,12 @@ def _load(*args: Any, **kwargs: Any) -> Any:
             "Named calibration sets need the `datasets` package: pip install 'hf-guidedquant[datasets]', "
             'or use dataset="builtin", which needs nothing.'
         ) from error
-    return datasets.load_dataset(*args, **kwargs)
+    try:
+        return datasets.load_dataset(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f'The calibration set {args[0]} cannot be fetched: {error}. dataset="builtin" needs no network.'
+        ) from error
 
 
 def _window(ids: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:

@@ -1,16 +1,17 @@
 """How often to go over the data, and what to watch each time: layers in windows whose Hessians fit in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..config import GuidedQuantConfig
-from ..linears import stored_weight
+from ..errors import ModelError
+from ..linears import is_linear, linear_shape, stored_weight
 from ..plan import LayerPlan
 from ..resources import free_memory
-from .collector import LayerStatistics, activation_bytes, collect
+from .collector import LayerStatistics, collect
 from .rows import Calibration
 
 # Shares of a device's free memory that Hessians, and one row's activations, may take by default.
@@ -18,27 +19,46 @@ _HESSIAN_SHARE, _ACTIVATION_SHARE = 0.4, 0.25
 
 
 def windows(
-    model: PreTrainedModel, layers: tuple[LayerPlan, ...], config: GuidedQuantConfig
-) -> Iterator[list[LayerPlan]]:
-    """Cut the layers, in model order, into windows whose statistics fit the memory budget of each device."""
-    window: list[LayerPlan] = []
+    model: PreTrainedModel, batches: Iterable[list[LayerPlan]], config: GuidedQuantConfig
+) -> list[list[list[LayerPlan]]]:
+    """Group the solver's batches into windows whose statistics fit the memory budget of each device.
+
+    A batch stays whole wherever it fits, so that the budget does not change the result.
+
+    Raises:
+        ModelError: One layer's statistics alone are larger than the memory that is free.
+    """
+    found: list[list[list[LayerPlan]]] = [[]]
     used: dict[torch.device, int] = {}
     budgets: dict[torch.device, int] = {}
-    for layer in layers:
-        device = stored_weight(model.get_submodule(layer.name)).device
+    for batch in batches:
+        device = stored_weight(model.get_submodule(batch[0].name)).device
+        need = batch[0].statistics_bytes
+        free = free_memory(device)
+        if need > free:
+            raise ModelError(
+                f"The Hessians of {batch[0].name} take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
+                f"on {device}. Lower num_groups ({config.num_groups}), or leave the layer out."
+            )
         if device not in budgets:
-            share = int(_HESSIAN_SHARE * free_memory(device))
-            budgets[device] = int(config.hessian_memory * 2**30) if config.hessian_memory else share
-        if window and used.get(device, 0) + layer.statistics_bytes > budgets[device]:
-            yield window
-            window, used = [], {}
-        window.append(layer)
-        used[device] = used.get(device, 0) + layer.statistics_bytes
-    yield window
+            limit = None if config.hessian_memory is None else config.hessian_memory * 2**30
+            budgets[device] = int(limit or _HESSIAN_SHARE * free)
+        fitting = max(1, budgets[device] // max(1, need))
+        for part in (batch[k : k + fitting] for k in range(0, len(batch), fitting)):
+            if found[-1] and used.get(device, 0) + len(part) * need > budgets[device]:
+                found.append([])
+                used = {}
+            found[-1].append(part)
+            used[device] = used.get(device, 0) + len(part) * need
+    return found
 
 
 def gather(
-    model: PreTrainedModel, window: list[LayerPlan], calibration: Calibration | None, config: GuidedQuantConfig
+    model: PreTrainedModel,
+    window: Sequence[LayerPlan],
+    calibration: Calibration | None,
+    config: GuidedQuantConfig,
+    title: str = "Calibrating",
 ) -> dict[str, LayerStatistics]:
     """Statistics of the layers of a window, by name; layers whose method needs none are left out."""
     watched = {layer.name: layer for layer in window if layer.statistics != "none"}
@@ -51,11 +71,10 @@ def gather(
     }
     checkpointing = config.gradient_checkpointing
     if checkpointing is None:
-        first = stored_weight(modules[next(iter(modules))])
+        device = stored_weight(next(iter(modules.values()))).device
         tokens = max(row.numel() for row in calibration.rows)
-        needed = activation_bytes(list(modules.values()), tokens, first.dtype)
-        checkpointing = needed > _ACTIVATION_SHARE * free_memory(first.device)
-    with tqdm(total=calibration.tokens, desc="Calibrating", unit="token", unit_scale=True) as bar:
+        checkpointing = _activation_bytes(model, tokens) > _ACTIVATION_SHARE * free_memory(device)
+    with tqdm(total=calibration.tokens, desc=title, unit="token", unit_scale=True) as bar:
         collect(
             model,
             modules,
@@ -66,3 +85,15 @@ def gather(
             on_row=bar.update,
         )
     return statistics
+
+
+def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Rough size of what the backward pass keeps of one row without checkpointing.
+
+    Inputs and outputs of all linear layers, twice over for what lies between them; the logits once more in fp32, with
+    their gradient.
+    """
+    shapes = [linear_shape(module) for module in model.modules() if is_linear(module)]
+    itemsize = model.dtype.itemsize
+    logits = max(out_features for out_features, _ in shapes)
+    return tokens * (2 * itemsize * sum(map(sum, shapes)) + 8 * logits)

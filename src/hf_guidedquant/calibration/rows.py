@@ -61,7 +61,14 @@ class Calibration:
 
 
 def load_rows(
-    dataset: Any, tokenizer: Any, *, num_samples: int, seq_len: int, seed: int, vocab_size: int | None = None
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    vocab_size: int | None = None,
+    context: int | None = None,
 ) -> Calibration:
     """Turn calibration data of any supported kind into token rows.
 
@@ -76,16 +83,20 @@ def load_rows(
         seq_len: Tokens per row.
         seed: Seed of the choice of rows.
         vocab_size: If given, token ids at or above it are refused.
+        context: If given, rows of text are at most so long, and longer token rows are refused.
 
     Raises:
-        CalibrationError: Unknown kind of data, no usable rows, or token ids outside the vocabulary.
+        CalibrationError: Unknown kind of data, no usable rows, or rows that the model cannot read.
         TokenizerMissingError: Texts or chats without a tokenizer.
     """
     generator = torch.Generator().manual_seed(seed)
     source, items = _classify(dataset)
+    if context is not None and context < seq_len and source != "token rows":
+        logger.info("Rows are cut to the model's context of %d tokens (seq_len=%d).", context, seq_len)
+        seq_len = context
     if source == "token rows":
         calibration = _from_token_rows(items, num_samples)
-    elif tokenizer is None:
+    elif not callable(tokenizer):
         raise TokenizerMissingError(
             f"Calibration data of kind {source!r} needs a tokenizer, and none was found beside the model. "
             "Pass GuidedQuantConfig(tokenizer=...), or a list of 1-D LongTensors of token ids as dataset."
@@ -99,6 +110,9 @@ def load_rows(
         calibration = _from_texts(items, tokenizer, source, num_samples, seq_len, generator)
     if not calibration.rows:
         raise CalibrationError(f"No calibration rows are left. {calibration.describe()} Use more or longer texts.")
+    longest = max(row.numel() for row in calibration.rows)
+    if context is not None and longest > context:
+        raise CalibrationError(f"A calibration row has {longest} tokens, but the model's context is {context}. Cut it.")
     if vocab_size is not None:
         largest = max(int(row.max()) for row in calibration.rows)
         if largest >= vocab_size:
@@ -107,6 +121,16 @@ def load_rows(
                 "the tokenizer does not belong to this model."
             )
     return calibration
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse a name that is neither a known set nor a file, before anything expensive happens.
+
+    Raises:
+        CalibrationError: Saying what is allowed.
+    """
+    if isinstance(dataset, str | os.PathLike) and dataset not in ("builtin", *NAMED_DATASETS):
+        _classify(dataset)
 
 
 def builtin_text() -> str:
@@ -136,6 +160,10 @@ def _classify(dataset: Any) -> tuple[str, Any]:
 
 def _classify_columns(dataset: Any) -> tuple[str, Any]:
     columns = dataset.column_names
+    if isinstance(columns, Mapping):
+        raise CalibrationError(f"The dataset has the splits {list(columns)}; pass one of them, like dataset['train'].")
+    if columns is None:  # a stream that does not know before it is read
+        columns = list(next(iter(dataset), {}))
     if "input_ids" in columns:
         return "token rows", [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in dataset]
     if "messages" in columns:
@@ -178,7 +206,7 @@ def _from_token_rows(items: Sequence[Tensor], num_samples: int) -> Calibration:
 def _from_texts(
     texts: Sequence[str], tokenizer: Any, source: str, num_samples: int, seq_len: int, generator: torch.Generator
 ) -> Calibration:
-    filled = [text for text in texts if text.strip()]
+    filled = [text for text in texts if text and text.strip()]
     stream = _tokenize(tokenizer)("\n\n".join(filled))
     count = stream.numel() // seq_len
     dropped = _counts({"empty texts": len(texts) - len(filled)})

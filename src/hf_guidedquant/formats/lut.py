@@ -48,6 +48,10 @@ def decode(tensors: dict[str, Tensor], in_features: int) -> Codes:
 
 
 def codebook_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype to store the codebook of ``weight`` in: fp16, or fp32 where fp16 would overflow or lose precision."""
-    largest = weight.abs().amax().item()
-    return torch.float16 if largest == 0 or _FP16_SMALLEST <= largest <= _FP16_LARGEST else torch.float32
+    """The dtype to store the codebook of ``weight [N, K]`` in: fp16, or fp32 where fp16 would not do.
+
+    That is if the values of some row would overflow, or be so small that fp16 holds them with less than 11 bits.
+    """
+    largest = weight.abs().amax(dim=1)
+    fits = (largest == 0) | ((largest >= _FP16_SMALLEST) & (largest <= _FP16_LARGEST))
+    return torch.float16 if bool(fits.all()) else torch.float32

@@ -79,7 +79,8 @@ class GuidedLinear(nn.Module):
         if not self._caching:
             return lut_linear(x, self.weight, self.lut, self.bias)
         if self._dense is None or self._dense.dtype != x.dtype:
-            with torch.no_grad():
+            # An inference tensor could not take part in a later backward pass.
+            with torch.inference_mode(False), torch.no_grad():
                 self._dense = self.dequantize(x.dtype)
         return F.linear(x, self._dense, None if self.bias is None else self.bias.to(x.dtype))
 

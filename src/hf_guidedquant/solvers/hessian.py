@@ -58,7 +58,7 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
     unit = torch.where(mean > 0, mean, torch.ones_like(mean))
     dead = diagonal == 0
     diagonal = torch.where(dead, torch.ones_like(diagonal), diagonal / unit.unsqueeze(-1))
-    fallback = "no calibration token reached this layer" if (mean == 0).any() else None
+    fallback = "no calibration token reached it, so all its inputs count the same" if (mean == 0).any() else None
     note = Conditioning(scale, int(dead.sum()), fallback=fallback)
     if not full:
         return diagonal, note
@@ -70,7 +70,7 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
         if damping is None:
             damping = _DAMPING[-1]
             group.copy_(torch.diag(group.diagonal()))
-            note = replace(note, fallback="not positive definite at the largest damping")
+            note = replace(note, fallback="not positive definite at the largest damping, so only the diagonal is used")
         note = replace(note, damping=max(note.damping, damping))
     return hessian, note
 

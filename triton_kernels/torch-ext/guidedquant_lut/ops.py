@@ -94,7 +94,7 @@ def _backward(ctx, grad: Tensor):
     """Gradients of x and the bias; codes and codebooks are constants here."""
     weight, lut = ctx.saved_tensors
     grad_x = grad @ _ops.lut_dequantize(weight, lut, ctx.in_features, grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[3] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[3] else None
     return grad_x, None, None, grad_bias
 
 

@@ -1,0 +1,162 @@
+"""Things that once went wrong, each by its symptom."""
+
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_model, token_rows
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.calibration import load_rows
+from hf_guidedquant.errors import CalibrationError, ConfigError, ModelError, NonFiniteWeightError
+from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.formats.lut import codebook_dtype
+from hf_guidedquant.resources import reproducible
+
+PROMPT = torch.arange(2, 10)[None]
+
+
+def config(**changes):
+    return GuidedQuantConfig(**{"bits": 2, "dataset": token_rows(), **changes})
+
+
+def test_a_pickled_model_comes_back_and_can_be_saved(llama, tmp_path):
+    model = hf_guidedquant.quantize(llama, config())
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(PROMPT).logits, model(PROMPT).logits)
+    again.save_pretrained(tmp_path)
+
+
+def test_the_model_keeps_neither_texts_nor_tokenizer(llama):
+    def tokenizer(text, **kwargs):
+        return {"input_ids": [ord(c) % 64 for c in text]}
+
+    model = hf_guidedquant.quantize(llama, config(dataset=["canary text " * 50], tokenizer=tokenizer))
+    assert b"canary" not in pickle.dumps(model.config)
+
+
+def test_a_local_folder_is_never_taken_for_a_hub_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("owner/model")
+    model = AutoModelForCausalLM.from_pretrained("owner/model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    hf_guidedquant.quantize(model, config())
+    assert "base_model" not in model.config.quantization_config.provenance
+
+
+def test_a_row_of_tiny_weights_keeps_its_precision(llama):
+    layer = llama.model.layers[0].mlp.up_proj
+    layer.weight.data[5] *= 1e-6
+    assert codebook_dtype(layer.weight) == torch.float32
+    before = layer.weight.detach().clone()
+    quantized = hf_guidedquant.quantize(llama, config(bits=4)).model.layers[0].mlp.up_proj.dequantize()
+    errors = (quantized - before).norm(dim=1) / before.norm(dim=1)
+    assert errors[5] < 3 * errors.median()
+    saved = sum(tensor.nbytes for tensor in llama.state_dict().values())
+    assert llama.quantization_report.quantized_bytes == saved
+
+
+@pytest.mark.parametrize("field", [{"overrides": {"*.donw_proj": {"bits": 4}}}, {"modules_to_not_convert": ["typo"]}])
+def test_a_pattern_that_matches_nothing_is_an_error(llama, field):
+    with pytest.raises(ConfigError, match=r"donw_proj|typo"):
+        hf_guidedquant.quantize(llama, config(**field))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
+def test_nan_outside_the_linears_is_named_too(llama, name):
+    llama.get_parameter(name).data.view(-1)[0] = float("nan")
+    with pytest.raises(NonFiniteWeightError, match=name):
+        hf_guidedquant.quantize(llama, config())
+
+
+def test_token_rows_beyond_the_models_context_are_refused(llama):
+    with pytest.raises(CalibrationError, match="65 tokens, but the model's context is 64"):
+        hf_guidedquant.quantize(llama, config(dataset=token_rows(length=65)))
+    with pytest.raises(CalibrationError, match="context=65 is longer"):
+        perplexity(llama, None, torch.zeros(200, dtype=torch.int64), 65)
+
+
+def test_a_wrong_dataset_name_is_found_before_the_model_is_read(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **kwargs: pytest.fail("the model was built"))
+    with pytest.raises(CalibrationError, match="no known name and no file"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GuidedQuantConfig(dataset="wikitxt"))
+
+
+def test_splits_streams_and_missing_texts():
+    datasets = pytest.importorskip("datasets")
+
+    def tokenizer(text, **kwargs):
+        return {"input_ids": list(text.encode())}
+
+    def load(dataset):
+        return load_rows(dataset, tokenizer, num_samples=4, seq_len=4, seed=0).rows
+
+    table = datasets.Dataset.from_dict({"text": ["abcd", None, "efgh"]})
+    assert len(load(table)) == 2
+    with pytest.raises(CalibrationError, match=r"splits \['train'\]"):
+        load(datasets.DatasetDict(train=table))
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "abcd"}]))
+    assert len(load(stream)) == 1
+
+
+def test_a_new_classification_head_can_be_left_out(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    settings = config(guided=False, modules_to_not_convert=["score"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=settings)
+    assert type(model.score) is torch.nn.Linear
+    with pytest.raises(ModelError, match="no weight for score"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config(guided=False))
+
+
+def test_dense_copies_made_in_inference_mode_serve_training_too(llama):
+    model = hf_guidedquant.quantize(llama, config(cache_dequantized=True))
+    with torch.inference_mode():
+        model(PROMPT)
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_changes_by_from_dict_are_checked():
+    with pytest.raises(ConfigError, match="bits"):
+        GuidedQuantConfig.from_dict({"bits": 2}, bits=99)
+
+
+def test_save_shards(llama, tmp_path):
+    model = hf_guidedquant.quantize(llama, config())
+    hf_guidedquant.save(model, tmp_path / "m", max_shard_size="20KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+
+
+def test_settings_as_a_dictionary(llama):
+    assert hf_guidedquant.quantize(llama, {"bits": 3, "dataset": token_rows()}).model.layers[0].mlp.up_proj.bits == 3
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the old switch only")
+@pytest.mark.parametrize("value", ["tf32", "ieee"])
+def test_either_way_of_allowing_tf32_survives(value):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = value
+        with reproducible():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == value
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("value", ["high", "highest"])
+def test_the_old_way_of_allowing_tf32_survives(value):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(value)
+        with reproducible():
+            pass
+        assert torch.get_float32_matmul_precision() == value
+    finally:
+        torch.set_float32_matmul_precision(before)

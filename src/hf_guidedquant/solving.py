@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Working memory of a batch. Fixed, not a share of what is free: products of another batch size can round differently,
 # and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
-_BATCH_BYTES = {"cpu": 1 << 28}
-_BATCH_BYTES_GPU = 1 << 32
+_BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 32
 
 
 def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[list[LayerPlan]]:
@@ -40,7 +39,7 @@ def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[lis
         alike.setdefault(key, []).append(layer)
     for (one, device, _), members in alike.items():
         work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
-        size = max(1, _BATCH_BYTES.get(device.type, _BATCH_BYTES_GPU) // work)
+        size = max(1, (_BATCH_BYTES_CPU if device.type == "cpu" else _BATCH_BYTES_GPU) // work)
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 

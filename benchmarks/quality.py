@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.evaluate import perplexity, token_ids
 
 LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
@@ -35,8 +35,7 @@ def main() -> None:
     dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dense: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map=device)
-    text = Path(options.evaluation).read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = token_ids(tokenizer, Path(options.evaluation).read_text(encoding="utf-8"))
 
     original = perplexity(dense, tokenizer, ids, options.context)
     print(f"full precision ({options.dtype}): {original:.3f}", flush=True)

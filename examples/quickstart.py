@@ -22,7 +22,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.checkpoint import check_output_folder
 from hf_guidedquant.errors import GuidedQuantError
-from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.evaluate import perplexity, token_ids
 
 HERE = Path(__file__).parent
 SMALL_MODEL = "SmolLM2-135M-Instruct"
@@ -56,7 +56,7 @@ def main() -> None:
         # On a CPU, evaluate with dense copies of the weights: more memory, much less time.
         "cache_dequantized": not torch.cuda.is_available(),
     }
-    ids = evaluation_ids(tokenizer, options)
+    ids = token_ids(tokenizer, Path(options.evaluation).read_text(encoding="utf-8"))[: options.evaluation_tokens]
 
     print("\n== Quantizing", flush=True)
     config = GuidedQuantConfig(**common)
@@ -75,7 +75,7 @@ def main() -> None:
     results["round-to-nearest"] = perplexity(rounded, tokenizer, ids, options.context)
     del original, rounded
 
-    print("\n" + summary(results, report, options), flush=True)
+    print("\n" + summary(results, report), flush=True)
     print("\n== Loading the saved model in a fresh process", flush=True)
     talk = [sys.executable, "-c", TALK, str(output), options.prompt]
     reply = subprocess.run(talk, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
@@ -92,13 +92,7 @@ def small_model(folder: Path) -> str:
     return str(smollm2.convert(folder / SMALL_MODEL))
 
 
-def evaluation_ids(tokenizer: Any, options: argparse.Namespace) -> torch.Tensor:
-    text = Path(options.evaluation).read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return ids[: options.evaluation_tokens]
-
-
-def summary(results: dict[str, float], report: Any, options: argparse.Namespace) -> str:
+def summary(results: dict[str, float], report: Any) -> str:
     before, after = (f"{size / 1e6:.1f} MB" for size in (report.dense_bytes, report.quantized_bytes))
     bits = f"{report.bits_per_weight:.2f}"
     rows = [

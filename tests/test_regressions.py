@@ -54,6 +54,7 @@ def test_a_row_of_tiny_weights_keeps_its_precision(llama):
     before = layer.weight.detach().clone()
     quantized = hf_guidedquant.quantize(llama, config(bits=4)).model.layers[0].mlp.up_proj.dequantize()
     errors = (quantized - before).norm(dim=1) / before.norm(dim=1)
+    # The row is like the others but for its scale; in an fp16 codebook most of it would be lost.
     assert errors[5] < 3 * errors.median()
     saved = sum(tensor.nbytes for tensor in llama.state_dict().values())
     assert llama.quantization_report.quantized_bytes == saved

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import CheckpointError, OutputFolderError
+from .errors import CheckpointError, OutputFolderError, listed
 from .formats.lut import TensorSpec
 from .nn import quantized_modules
 
@@ -91,7 +91,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def preflight(
-    files: Iterable[str | os.PathLike],
+    found: Mapping[str, TensorSpec],
     quantized: Mapping[str, TensorSpec],
     others: Mapping[str, TensorSpec],
     exact: bool,
@@ -100,7 +100,7 @@ def preflight(
     """Compare a checkpoint's headers with what a model needs, before any weight is loaded.
 
     Args:
-        files: The safetensors files of the checkpoint.
+        found: What the checkpoint holds (:func:`read_headers`).
         quantized: Tensors of the quantized layers, by their name in the checkpoint. Names, shapes and dtypes must
             match.
         others: The other tensors that must be there. Of their dtypes only the kind must match, since transformers
@@ -111,7 +111,6 @@ def preflight(
     Raises:
         CheckpointError: Tensors are missing, left over, or of the wrong shape or dtype. The message names them.
     """
-    found = read_headers(files)
     expected = {**quantized, **others}
     layers = {name.rpartition(".")[0] for name in quantized}
     ignored = set(ignore)
@@ -125,7 +124,7 @@ def preflight(
         if not _fits(found[name], expected[name], same_dtype=name in quantized and not name.endswith(".bias"))
     ]
     problems = [
-        f"{what}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        f"{what}: {listed(names, _SHOWN)}"
         for what, names in (("missing", missing), ("not expected", extra), ("wrong shape or dtype", wrong))
         if names
     ]
@@ -162,9 +161,7 @@ def check_codebooks(model: nn.Module) -> None:
         if not torch.isfinite(module.lut).all() or not (module.bias is None or torch.isfinite(module.bias).all())
     ]
     if bad:
-        raise CheckpointError(
-            f"NaN or infinite codebook or bias in {', '.join(bad[:_SHOWN])}. The checkpoint is damaged."
-        )
+        raise CheckpointError(f"NaN or infinite codebook or bias in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:

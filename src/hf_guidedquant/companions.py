@@ -46,9 +46,8 @@ def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any
     At this point transformers has put a README among the files: the repository's own, or one that it made up and that
     does not mention the import.
     """
-    known = {"token": kwargs.get("token")}
-    revisions = {kwargs.get("revision"), None}
-    if _is_quantized(self) and not any(file_exists(repo_id, CARD_FILE, revision=r, **known) for r in revisions):
+    token, revisions = kwargs.get("token"), {kwargs.get("revision"), None}
+    if _is_quantized(self) and not any(file_exists(repo_id, CARD_FILE, revision=r, token=token) for r in revisions):
         made_up = Path(working_dir, CARD_FILE)
         tags = ModelCard.load(made_up).data.tags if made_up.exists() else None
         _write_card(self, Path(working_dir), repo_id, tags)

@@ -3,6 +3,13 @@
 from collections.abc import Iterable
 
 
+def listed(names: Iterable[str], shown: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 class GuidedQuantError(Exception):
     """Base of every error that this package raises on purpose."""
 
@@ -39,13 +46,11 @@ class NonFiniteWeightError(ModelError):
     """A weight of the model holds NaN or infinity."""
 
     def __init__(self, layers: Iterable[str]) -> None:
-        names = list(layers)
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        self.layers = list(layers)
         super().__init__(
-            f"NaN or infinite weights in: {shown}. Load an intact checkpoint; a float16 copy may have overflowed, "
-            "so try dtype=torch.bfloat16 or torch.float32."
+            f"NaN or infinite weights in: {listed(self.layers)}. Load an intact checkpoint; a float16 copy may have "
+            "overflowed, so try dtype=torch.bfloat16 or torch.float32."
         )
-        self.layers = names
 
 
 class HessianError(GuidedQuantError, ArithmeticError):

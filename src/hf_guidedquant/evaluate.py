@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
+from .calibration.collector import input_device
+from .calibration.rows import tokenize
 from .errors import CalibrationError
 
 
@@ -30,7 +32,7 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     Raises:
         CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the model's.
     """
-    ids = _token_ids(tokenizer, text_or_dataset)
+    ids = token_ids(tokenizer, text_or_dataset)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
@@ -40,7 +42,7 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
         )
     count = ids.numel() // context
     windows = ids[: count * context].view(count, context) if count else ids.unsqueeze(0)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     total = 0.0
     training = model.training
     model.eval()
@@ -54,7 +56,8 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
 
 
-def _token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
+def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
+    """Token ids, int64 ``[tokens]``, of a text, or of a list of texts or a Dataset with a ``text`` column as one."""
     if isinstance(text_or_dataset, Tensor):
         if text_or_dataset.is_floating_point():
             raise CalibrationError(f"Token ids must be integers, got {text_or_dataset.dtype}.")
@@ -63,5 +66,4 @@ def _token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
     if not isinstance(text, str):
         rows: Iterable[str] = text["text"] if hasattr(text, "column_names") else text
         text = "\n\n".join(row for row in rows if row)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    return tokenize(tokenizer, text)

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import chain
@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from .calibration import Calibration, gather, load_rows, windows
 from .config import QUANT_METHOD, GuidedQuantConfig
-from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError
+from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .formats import lut as lut_format
 from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
@@ -110,7 +110,16 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder model; only causal language models are supported."
         )
-    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+    check_grad_mode(model.parameters())
+
+
+def check_grad_mode(parameters: Iterable[Tensor] = ()) -> None:
+    """Refuse inference mode, now or when the parameters were made: it forbids gradients for good.
+
+    Raises:
+        ModelError: Saying what to do instead.
+    """
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in parameters):
         raise ModelError(
             "Quantization needs gradients of activations, which torch.inference_mode() forbids. "
             "Load and quantize the model outside of it (torch.no_grad() is fine)."
@@ -125,8 +134,7 @@ def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) ->
     weights: dict[str, Any] = {layer.name: model.get_submodule(layer.name).weight for layer in layers_plan.layers}
     absent = [name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)]
     if freshly_loaded and absent:
-        shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-        raise ModelError(f"The checkpoint holds no weight for {shown}. Load the full-precision original.")
+        raise ModelError(f"The checkpoint holds no weight for {listed(absent)}. Load the full-precision original.")
 
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:

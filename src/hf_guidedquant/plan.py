@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from .config import GuidedQuantConfig, matches
-from .errors import ConfigError, NoLinearLayersError
+from .errors import ConfigError, NoLinearLayersError, listed
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, stored_weight
 from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,7 @@ def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             if reason.startswith("unsupported"):
                 unhandled.append(f"{weight_name} {list(parameter.shape)}")
     if unhandled:
-        more = f" and {len(unhandled) - _SHOWN} more" if len(unhandled) > _SHOWN else ""
-        logger.warning(
-            "These weights cannot be quantized and stay in full precision: %s%s.", ", ".join(unhandled[:_SHOWN]), more
-        )
+        logger.warning("These weights cannot be quantized and stay in full precision: %s.", listed(unhandled, 8))
     if not layers:
         raise NoLinearLayersError(
             f"{type(model).__name__} has no linear layer to quantize"

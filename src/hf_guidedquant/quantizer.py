@@ -59,11 +59,7 @@ class GuidedQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
             return
-        if torch.is_inference_mode_enabled():
-            raise ModelError(
-                "Quantization needs gradients of activations, which torch.inference_mode() forbids. "
-                "Call from_pretrained outside of it (torch.no_grad() is fine)."
-            )
+        pipeline.check_grad_mode()
         check_dataset(self.quantization_config.dataset)
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
@@ -185,6 +181,7 @@ def _aliases(model: Any, name: str) -> Iterable[str]:
 
 
 def _preflight(model: Any, files: Iterable[Any]) -> None:
+    """Find the tensors that this model needs in the headers of a checkpoint, by the names it saves them under."""
     checkpoint.check_files(files, model.config.name_or_path)
     found = checkpoint.read_headers(files)
     layers = set(quantized_modules(model))
@@ -205,7 +202,7 @@ def _preflight(model: Any, files: Iterable[Any]) -> None:
     # another class the body's.
     same_class = type(model).__name__ in (model.config.architectures or ())
     expected = body | others if same_class else body
-    checkpoint.preflight(files, quantized, expected, exact=same_class, ignore=_tied(model, found))
+    checkpoint.preflight(found, quantized, expected, exact=same_class, ignore=_tied(model, found))
 
 
 def _tied(model: Any, found: Iterable[str]) -> set[str]:

@@ -19,7 +19,12 @@ def linears(model):
     return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
 
 
-def gather(model, rows, groups=3, guided=True, diagonal=False, checkpointing=False):
+def gather(model, rows, **options):
+    """The Hessians of all layers."""
+    return {name: layer.hessian for name, layer in gather_statistics(model, rows, **options).items()}
+
+
+def gather_statistics(model, rows, groups=3, guided=True, diagonal=False, checkpointing=False):
     layers = linears(model)
     statistics = {}
     for name, module in layers.items():
@@ -27,7 +32,7 @@ def gather(model, rows, groups=3, guided=True, diagonal=False, checkpointing=Fal
         shape = (groups, inputs) if diagonal else (groups, inputs, inputs)
         statistics[name] = LayerStatistics.empty(shape, torch.device("cpu"))
     collect(model, layers, statistics, rows, guided=guided, checkpointing=checkpointing)
-    return {name: layer.hessian for name, layer in statistics.items()}
+    return statistics
 
 
 def reference(model, rows, groups, guided):
@@ -141,6 +146,13 @@ def test_bad_rows_are_left_out_and_counted(guided):
     name = "model.layers.1.mlp.down_proj"
     assert torch.isfinite(found[name]).all()
     assert torch.equal(found[name], good[name])
+
+
+def test_a_row_without_a_finite_loss_counts_for_every_layer():
+    model = tiny_model()
+    poison(model, "model.layers.1.mlp.up_proj", {0})
+    found = gather_statistics(model, token_rows(20))
+    assert {int(layer.bad_rows) for layer in found.values()} == {1}
 
 
 def test_too_many_bad_rows_abort(rows):

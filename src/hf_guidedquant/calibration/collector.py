@@ -39,7 +39,7 @@ class LayerStatistics:
 
     Attributes:
         hessian: fp32, ``[g, K, K]``, or its diagonal ``[g, K]``. The sum over tokens, not normalised.
-        bad_rows: Rows that were left out because this layer saw NaN or infinity in them (int64 scalar, on device).
+        bad_rows: Rows left out because this layer, or the loss, was NaN or infinite (int64 scalar, on device).
     """
 
     hessian: Tensor
@@ -81,7 +81,7 @@ def collect(
     guided: bool,
     checkpointing: bool,
     on_row: Callable[[int], object] = lambda tokens: None,
-) -> int:
+) -> None:
     """Run every row through the model and add to ``statistics``, in place.
 
     Args:
@@ -92,9 +92,6 @@ def collect(
         guided: Weigh tokens by the squared output gradient. Otherwise all tokens count 1 and no backward pass runs.
         checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
         on_row: Called after every row with its number of tokens, for progress bars.
-
-    Returns:
-        The number of rows whose loss was not finite; they are in no layer's statistics.
 
     Raises:
         CalibrationError: More than 10 % of the rows had to be left out, of the model or of one layer.
@@ -117,8 +114,9 @@ def collect(
         for row in rows:
             bad_losses += not _run_row(model, row.to(device), guided)
             on_row(row.numel())
+    for layer in statistics.values():
+        layer.bad_rows += bad_losses
     _check_bad_rows(bad_losses, statistics, len(rows))
-    return bad_losses
 
 
 def _run_row(model: PreTrainedModel, ids: Tensor, guided: bool) -> bool:
@@ -143,9 +141,9 @@ def _run_row(model: PreTrainedModel, ids: Tensor, guided: bool) -> bool:
 def _check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:
     worst = {name: int(layer.bad_rows) for name, layer in statistics.items()}
     name = max(worst, key=lambda key: worst[key])
-    bad = bad_losses + worst[name]
+    bad = worst[name]
     if bad > MAX_BAD_ROWS * rows:
-        where = f"in {name}" if worst[name] else "in the loss"
+        where = f"in {name}" if bad > bad_losses else "in the loss"
         raise CalibrationError(
             f"{bad} of {rows} calibration rows gave NaN or infinity {where}; at most {MAX_BAD_ROWS:.0%} may. "
             "Load the model in bfloat16 or float32, and check that the tokenizer belongs to the model."

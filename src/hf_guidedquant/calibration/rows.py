@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -104,7 +105,7 @@ def load_rows(
     elif source == "chats":
         calibration = _from_chats(items, tokenizer, num_samples, seq_len)
     elif source in NAMED_DATASETS:
-        rows = NAMED_DATASETS[source](_tokenize(tokenizer), num_samples, seq_len, generator)
+        rows = NAMED_DATASETS[source](partial(tokenize, tokenizer), num_samples, seq_len, generator)
         calibration = Calibration(rows, source, num_samples)
     else:
         calibration = _from_texts(items, tokenizer, source, num_samples, seq_len, generator)
@@ -207,7 +208,7 @@ def _from_texts(
     texts: Sequence[str], tokenizer: Any, source: str, num_samples: int, seq_len: int, generator: torch.Generator
 ) -> Calibration:
     filled = [text for text in texts if text and text.strip()]
-    stream = _tokenize(tokenizer)("\n\n".join(filled))
+    stream = tokenize(tokenizer, "\n\n".join(filled))
     count = stream.numel() // seq_len
     dropped = _counts({"empty texts": len(texts) - len(filled)})
     if count == 0 and stream.numel() >= 2:
@@ -229,7 +230,7 @@ def _from_chats(chats: Sequence[Any], tokenizer: Any, num_samples: int, seq_len:
         if len(rows) == num_samples:
             break
         text = tokenizer.apply_chat_template(list(chat), tokenize=False)
-        ids = _tokenize(tokenizer)(text)
+        ids = tokenize(tokenizer, text)
         if ids.numel() < 2:
             short += 1
             continue
@@ -245,14 +246,10 @@ def _from_chats(chats: Sequence[Any], tokenizer: Any, num_samples: int, seq_len:
     return Calibration(rows, "chats", min(num_samples, len(chats)), dropped)
 
 
-def _tokenize(tokenizer: Any) -> Any:
-    """A function text -> int64 ``[tokens]``, without special tokens and without the tokenizer's length warning."""
-
-    def tokenize(text: str) -> Tensor:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
-        return torch.tensor(ids, dtype=torch.int64)
-
-    return tokenize
+def tokenize(tokenizer: Any, text: str) -> Tensor:
+    """Token ids of a text, int64 ``[tokens]``, without special tokens and without the tokenizer's length warning."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _counts(dropped: dict[str, int]) -> dict[str, int]:

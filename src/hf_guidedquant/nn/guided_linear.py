@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codes import Codes
 from ..formats import lut as lut_format
 from ..triton_kernels import lut_dequantize, lut_linear
 
@@ -60,10 +59,6 @@ class GuidedLinear(nn.Module):
         if bias is not None:
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
-
-    def codes(self) -> Codes:
-        """The codes and codebook that this layer holds."""
-        return lut_format.decode({"weight": self.weight.data, "lut": self.lut.data}, self.in_features)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``[out_features, in_features]``, in ``dtype`` (default: the codebook's)."""

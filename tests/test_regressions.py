@@ -161,3 +161,15 @@ def test_the_old_way_of_allowing_tf32_survives(value):
         assert torch.get_float32_matmul_precision() == value
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_a_quantized_model_loads_with_layers_on_disk(llama, tmp_path):
+    model = hf_guidedquant.quantize(llama, config())
+    model.save_pretrained(tmp_path / "m")
+    places = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"], "cpu")
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", device_map={**places, "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    assert again.model.layers[1].mlp.up_proj.weight.is_meta
+    prompt = torch.arange(2, 10)[None]
+    assert torch.equal(again(input_ids=prompt).logits, model(input_ids=prompt).logits)

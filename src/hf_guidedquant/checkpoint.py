@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .errors import CheckpointError, OutputFolderError, listed
@@ -155,11 +156,13 @@ def check_codebooks(model: nn.Module) -> None:
     Raises:
         CheckpointError: Naming the layers.
     """
-    bad = [
-        name
-        for name, module in quantized_modules(model).items()
-        if not torch.isfinite(module.lut).all() or not (module.bias is None or torch.isfinite(module.bias).all())
-    ]
+    bad = []
+    for name, module in quantized_modules(model).items():
+        # An offloaded layer's tensors are elsewhere until they are used.
+        with align_module_device(module):
+            floats = [tensor for tensor in (module.lut, module.bias) if tensor is not None]
+            if not all(torch.isfinite(tensor).all() for tensor in floats):
+                bad.append(name)
     if bad:
         raise CheckpointError(f"NaN or infinite codebook or bias in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
 

@@ -34,6 +34,7 @@ def test_bits_outside_the_range_are_refused_by_name(bits):
         ("hessian_memory", float("nan")),
         ("gradient_checkpointing", "yes"),
         ("cache_dequantized", None),
+        ("fuse_layers", 1),
         ("modules_to_not_convert", "lm_head"),
         ("modules_to_not_convert", [""]),
         ("modules", []),

@@ -75,7 +75,7 @@ def test_moving_to_the_device_and_casting_keep_codes_and_codebooks():
     layer = model.model.layers[0].mlp.up_proj
     weight, lut = layer.weight.clone(), layer.lut.clone()
     layer.to("cuda", torch.bfloat16)
-    assert torch.equal(layer.weight.cpu(), weight)
+    assert torch.equal(layer.bit_planes().cpu(), weight)
     assert torch.equal(layer.lut.cpu(), lut)
     assert layer.lut.dtype == torch.float16
 

@@ -70,6 +70,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             the activations of one row would take more than a quarter of the free memory.
         cache_dequantized: Keep a dense copy of every quantized weight in memory beside the packed one. A CPU then
             generates at the dense model's speed, for the dense model's memory. Not saved with the model.
+        fuse_layers: Multiply layers that read the same activations (q, k, v; gate, up) in one product, where the
+            device's kernels can. Changes nothing that is computed or saved. Not saved with the model.
         modules: Filled in by quantization: module name -> its bits and codebook dtype.
         provenance: Filled in by quantization: calibration source, its hash, row count, seed and versions.
         format_version: Version of the file format. A newer major version is refused.
@@ -95,6 +97,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     hessian_memory: float | None = None
     gradient_checkpointing: bool | None = None
     cache_dequantized: bool = False
+    fuse_layers: bool = True
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format_version: str = FORMAT_VERSION
@@ -114,6 +117,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_bool("guided", self.guided)
         _check_bool("cache_dequantized", self.cache_dequantized)
+        _check_bool("fuse_layers", self.fuse_layers)
         if self.gradient_checkpointing is not None:
             _check_bool("gradient_checkpointing", self.gradient_checkpointing)
         _check_gibibytes("hessian_memory", self.hessian_memory)
@@ -164,7 +168,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings that a user may pass when loading a model that is quantized already."""
-        return {"cache_dequantized": self.cache_dequantized}
+        return {"cache_dequantized": self.cache_dequantized, "fuse_layers": self.fuse_layers}
 
     def for_module(self, name: str) -> dict[str, Any]:
         """``bits`` and ``method`` of the module called ``name``, overrides applied."""

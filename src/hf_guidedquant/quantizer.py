@@ -16,7 +16,7 @@ from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape
-from .nn import GuidedLinear, cache_dequantized, dequantize_model, quantized_modules, replace_module
+from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class GuidedQuantizer(HfQuantizer):
         for module in quantized_modules(model).values():
             module.requires_grad_(False)
         checkpoint.check_codebooks(model)
-        cache_dequantized(model, self.quantization_config.cache_dequantized)
+        self._prepare_layers(model)
         companions.attach_saving(model, report=None)
 
     def calibrate_and_swap(self, model: Any, freshly_loaded: bool = False) -> None:
@@ -107,8 +107,12 @@ class GuidedQuantizer(HfQuantizer):
         # The config stays on the model: the data must not.
         config.dataset, config.tokenizer = "builtin", None
         model.config.quantization_config = config
-        cache_dequantized(model, config.cache_dequantized)
+        self._prepare_layers(model)
         companions.attach_saving(model, report)
+
+    def _prepare_layers(self, model: Any) -> None:
+        config = self.quantization_config
+        prepare_layers(model, config.fuse_layers, config.cache_dequantized)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model, dtype or model.dtype)

@@ -1,13 +1,25 @@
 """A linear layer whose weights are codes and a codebook per output."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..formats import lut as lut_format
-from ..triton_kernels import lut_dequantize, lut_linear
+from ..triton_kernels import (
+    TILED_BITS,
+    backend_for,
+    lut_dequantize,
+    lut_dequantize_tiled,
+    lut_linear,
+    lut_linear_tiled,
+    pack_tiles,
+    settle,
+    unpack_tiles,
+)
+from .fusion import Fusion
 
 
 class GuidedLinear(nn.Module):
@@ -24,6 +36,9 @@ class GuidedLinear(nn.Module):
     The state dict holds ``weight`` (int32 ``[bits, out, ceil(in / 32)]``), ``lut`` (``[out, 2**bits]``) and, if there
     is one, ``bias``. All are Parameters without gradient; gradients flow to the input. The packed tensor is called
     ``weight`` so that a load without this package fails on its shape instead of leaving random weights.
+
+    On GPUs with tensor-core kernels :meth:`prepare` rearranges the codes into the tiles that they read, in place of the
+    bit-planes; moving the module off the GPU undoes it, and the state dict shows bit-planes either way.
     """
 
     def __init__(
@@ -48,6 +63,10 @@ class GuidedLinear(nn.Module):
         self.lut: nn.Parameter
         self._caching = False
         self._dense: Tensor | None = None
+        self._tiled = False
+        # Layers multiplied together with this one (see fusion.py), and its place among them.
+        self.fusion: Fusion | None = None
+        self.position = 0
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None) -> "GuidedLinear":
@@ -60,9 +79,37 @@ class GuidedLinear(nn.Module):
             module.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return module
 
+    @property
+    def tiled(self) -> bool:
+        """Whether ``weight`` holds tiles (see :meth:`prepare`) instead of bit-planes."""
+        return self._tiled
+
+    def prepare(self) -> None:
+        """Lay the codes out for the kernels of the device that they are on. Takes a moment, and no memory to keep."""
+        wanted = self.bits in TILED_BITS and backend_for(self.weight.device) == "tensor_core"
+        if wanted and not self._tiled:
+            self._set_weight(pack_tiles(self.weight.data, self.in_features))
+            settle(self.weight.device)
+        elif not wanted and self._tiled:
+            self._set_weight(self.bit_planes())
+        self._tiled = wanted
+
+    def bit_planes(self) -> Tensor:
+        """The codes as checkpoints hold them, int32 ``[bits, out_features, ceil(in_features / 32)]``."""
+        if not self._tiled:
+            return self.weight.data
+        if self.weight.is_meta:
+            spec = lut_format.declare(self.out_features, self.in_features, self.bits, self.lut.dtype)["weight"]
+            return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        return unpack_tiles(self.weight.data, self.out_features, self.in_features)
+
+    def _set_weight(self, tensor: Tensor) -> None:
+        self.weight = nn.Parameter(tensor, requires_grad=False)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight ``[out_features, in_features]``, in ``dtype`` (default: the codebook's)."""
-        return lut_dequantize(self.weight, self.lut, self.in_features, dtype or self.lut.dtype)
+        op = lut_dequantize_tiled if self._tiled else lut_dequantize
+        return op(self.weight, self.lut, self.in_features, dtype or self.lut.dtype)
 
     def cache_dequantized(self, enabled: bool = True) -> None:
         """Keep a dense copy of the weight, made at the first call, in the dtype of the activations; or drop it."""
@@ -71,8 +118,15 @@ class GuidedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype."""
-        if not self._caching:
-            return lut_linear(x, self.weight, self.lut, self.bias)
+        if self._caching:
+            return self._dense_product(x)
+        if self.fusion is not None and self.fusion.ready:
+            return self.fusion.product(self, x)
+        if self._tiled:
+            return lut_linear_tiled(x, self.weight, self.lut, self.bias)
+        return lut_linear(x, self.weight, self.lut, self.bias)
+
+    def _dense_product(self, x: Tensor) -> Tensor:
         if self._dense is None or self._dense.dtype != x.dtype:
             # An inference tensor could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
@@ -87,7 +141,29 @@ class GuidedLinear(nn.Module):
         if self.lut.dtype != lut.dtype:
             self.lut.data = lut.to(self.weight.device)
         self._dense = None
+        self.prepare()
+        if self.fusion is not None:
+            self.fusion.rebuild()
         return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._tiled:
+            destination[prefix + "weight"] = self.bit_planes()
+        if self.fusion is not None and self.fusion.ready:
+            # Views of one tensor; whoever writes files expects tensors of their own.
+            for name in ("lut", "bias"):
+                if prefix + name in destination:
+                    destination[prefix + name] = destination[prefix + name].clone()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self._tiled:
+            self._set_weight(self.bit_planes())
+            self._tiled = False
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.prepare()
+        if self.fusion is not None:
+            self.fusion.rebuild()
 
     def extra_repr(self) -> str:
         return (

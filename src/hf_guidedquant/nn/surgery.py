@@ -4,6 +4,7 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 
+from .fusion import fuse
 from .guided_linear import GuidedLinear
 
 
@@ -23,6 +24,21 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def quantized_modules(model: nn.Module) -> dict[str, GuidedLinear]:
     """All quantized layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GuidedLinear)}
+
+
+def prepare_layers(model: nn.Module, fuse_layers: bool, dense: bool) -> None:
+    """Get the quantized layers of a model ready for their devices.
+
+    Args:
+        model: A model that holds its weights.
+        fuse_layers: Whether layers that read the same activations share a product.
+        dense: Whether layers keep dense copies of their weights.
+    """
+    for module in quantized_modules(model).values():
+        module.prepare()
+    if fuse_layers:
+        fuse(model)
+    cache_dequantized(model, dense)
 
 
 def cache_dequantized(model: nn.Module, enabled: bool = True) -> None:

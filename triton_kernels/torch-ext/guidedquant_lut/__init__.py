@@ -1,6 +1,24 @@
-"""Linear layers whose weights are per-row codebooks behind bit-plane codes."""
+"""Linear layers whose weights are a codebook per output row and a code per weight."""
 
-from .ops import OPS_NAMESPACE, lut_dequantize, lut_linear
+from .backend import backend_for, set_backend, settle
+from .ops import OPS_NAMESPACE, lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled
 from .reference import pack_codes, unpack_codes, words_per_row
+from .tiles import TILE_ROWS, TILED_BITS, pack_tiles, unpack_tiles
 
-__all__ = ["OPS_NAMESPACE", "lut_dequantize", "lut_linear", "pack_codes", "unpack_codes", "words_per_row"]
+__all__ = [
+    "OPS_NAMESPACE",
+    "TILED_BITS",
+    "TILE_ROWS",
+    "backend_for",
+    "lut_dequantize",
+    "lut_dequantize_tiled",
+    "lut_linear",
+    "lut_linear_tiled",
+    "pack_codes",
+    "pack_tiles",
+    "set_backend",
+    "settle",
+    "unpack_codes",
+    "unpack_tiles",
+    "words_per_row",
+]

@@ -1,9 +1,17 @@
-"""The `torch.library` ops: schemas, shape checks, fake implementations, and the gradient of the activations."""
+"""The `torch.library` ops: schemas, shape checks, fake implementations, and the gradient of the activations.
+
+Two layouts of the codes have a product and a dense matrix each: bit-planes, as checkpoints hold them (``lut_linear``,
+``lut_dequantize``), and tiles, as the tensor-core kernels read them (``lut_linear_tiled``, ``lut_dequantize_tiled``).
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch
+from .reference import words_per_row
+from .tiles import TILED_BITS, tiles_shape
 
 try:  # written by the Hub kernel builder, absent in an ordinary install
     from ._ops import add_op_namespace_prefix
@@ -16,91 +24,114 @@ except ImportError:
 OPS_NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 
 _library = torch.library.Library(OPS_NAMESPACE, "FRAGMENT")
-_library.define("lut_linear(Tensor x, Tensor weight, Tensor lut, Tensor? bias) -> Tensor")
-_library.define("lut_dequantize(Tensor weight, Tensor lut, int in_features, ScalarType dtype) -> Tensor")
+_ops = getattr(torch.ops, OPS_NAMESPACE)
 
 
-def _check_packed(weight: Tensor, lut: Tensor, in_features: int) -> None:
-    torch._check(weight.dtype == torch.int32, lambda: f"weight must be int32 bit-planes, got {weight.dtype}")
-    torch._check(weight.dim() == 3, lambda: f"weight must be [bits, out, words], got {tuple(weight.shape)}")
-    bits, rows, words = weight.shape
-    torch._check(1 <= bits <= 8, lambda: f"weight has {bits} bit-planes; 1 to 8 are allowed")
+def _check_codes(weight: Tensor, lut: Tensor, bits: int, rows: int) -> None:
+    torch._check(weight.dtype == torch.int32, lambda: f"weight must be int32, got {weight.dtype}")
     torch._check(lut.is_floating_point(), lambda: f"lut must be floating point, got {lut.dtype}")
     torch._check(
         lut.dim() == 2 and lut.shape[0] == rows and lut.shape[1] == 2**bits,
         lambda: f"lut must be [{rows}, {2**bits}] for weight {tuple(weight.shape)}, got {tuple(lut.shape)}",
     )
+
+
+def _check_planes(weight: Tensor, lut: Tensor, in_features: int) -> None:
+    torch._check(weight.dim() == 3, lambda: f"weight must be [bits, out, words], got {tuple(weight.shape)}")
+    bits, rows, words = weight.shape
+    torch._check(1 <= bits <= 8, lambda: f"weight has {bits} bit-planes; 1 to 8 are allowed")
+    _check_codes(weight, lut, bits, rows)
     torch._check(
-        words == reference.words_per_row(in_features),
-        lambda: f"{in_features} inputs take {reference.words_per_row(in_features)} words a row, weight has {words}",
+        words == words_per_row(in_features),
+        lambda: f"{in_features} inputs take {words_per_row(in_features)} words a row, weight has {words}",
     )
 
 
-def _linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    _check_linear(x, weight, lut, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        # Autocast would change the product's dtype behind the schema's back.
-        with torch.autocast(x.device.type, enabled=False):
-            return reference.lut_linear(x, weight, lut, bias)
-    return reference.lut_linear(x, weight, lut, bias)
+def _check_tiles(tiles: Tensor, lut: Tensor, in_features: int) -> None:
+    torch._check(tiles.dim() == 3, lambda: f"tiles must be [row tiles, blocks, words], got {tuple(tiles.shape)}")
+    bits, rest = tiles.shape[2] // 64, tiles.shape[2] % 64
+    torch._check(
+        rest == 0 and bits in TILED_BITS,
+        lambda: f"tiles have {tiles.shape[2]} words; 64 a bit, for {TILED_BITS} bits, are allowed",
+    )
+    torch._check(lut.dim() == 2, lambda: f"lut must be [out, {2**bits}], got {tuple(lut.shape)}")
+    _check_codes(tiles, lut, bits, lut.shape[0])
+    expected = tiles_shape(bits, lut.shape[0], in_features)
+    torch._check(
+        tuple(tiles.shape) == expected,
+        lambda: f"{lut.shape[0]} outputs of {in_features} inputs take tiles {expected}, got {tuple(tiles.shape)}",
+    )
 
 
-def _linear_fake(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    _check_linear(x, weight, lut, bias)
-    return x.new_empty(*x.shape[:-1], weight.shape[1])
+def _define(
+    suffix: str,
+    check_weight: Callable[[Tensor, Tensor, int], None],
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    dequantize: Callable[[Tensor, Tensor, int, torch.dtype], Tensor],
+) -> None:
+    """Define both ops of a layout."""
+    names = [f"lut_linear{suffix}", f"lut_dequantize{suffix}"]
+    _library.define(f"{names[0]}(Tensor x, Tensor weight, Tensor lut, Tensor? bias) -> Tensor")
+    _library.define(f"{names[1]}(Tensor weight, Tensor lut, int in_features, ScalarType dtype) -> Tensor")
+
+    def check_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> None:
+        torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
+        torch._check(x.dim() >= 1, lambda: "x must be [..., in_features]")
+        check_weight(weight, lut, x.shape[-1])
+        if bias is not None:
+            torch._check(
+                bias.dim() == 1 and bias.shape[0] == lut.shape[0],
+                lambda: f"bias must be [{lut.shape[0]}], got {tuple(bias.shape)}",
+            )
+
+    def run_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
+        check_linear(x, weight, lut, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            # Autocast would change the product's dtype behind the schema's back.
+            with torch.autocast(x.device.type, enabled=False):
+                return linear(x, weight, lut, bias)
+        return linear(x, weight, lut, bias)
+
+    def fake_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
+        check_linear(x, weight, lut, bias)
+        return x.new_empty(*x.shape[:-1], lut.shape[0])
+
+    def check_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> None:
+        torch._check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
+        check_weight(weight, lut, in_features)
+
+    def run_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        check_dequantize(weight, lut, in_features, dtype)
+        return dequantize(weight, lut, in_features, dtype)
+
+    def fake_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        check_dequantize(weight, lut, in_features, dtype)
+        return lut.new_empty(lut.shape[0], in_features, dtype=dtype)
+
+    def save_for_backward(ctx, inputs, output) -> None:
+        x, weight, lut, _ = inputs
+        ctx.save_for_backward(weight, lut)
+        ctx.in_features = x.shape[-1]
+
+    def backward(ctx, grad: Tensor):
+        """Gradients of x and the bias; codes and codebooks are constants here."""
+        weight, lut = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ getattr(_ops, names[1])(weight, lut, ctx.in_features, grad.dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_bias
+
+    for name, run, fake in zip(names, (run_linear, run_dequantize), (fake_linear, fake_dequantize), strict=True):
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{OPS_NAMESPACE}::{name}", fake, lib=_library)  # type: ignore[arg-type]
+    torch.library.register_autograd(
+        f"{OPS_NAMESPACE}::{names[0]}", backward, setup_context=save_for_backward, lib=_library
+    )
 
 
-def _check_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> None:
-    torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
-    torch._check(x.dim() >= 1, lambda: "x must be [..., in_features]")
-    _check_packed(weight, lut, x.shape[-1])
-    if bias is not None:
-        torch._check(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[1],
-            lambda: f"bias must be [{weight.shape[1]}], got {tuple(bias.shape)}",
-        )
-
-
-def _dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    _check_dequantize(weight, lut, in_features, dtype)
-    return reference.lut_dequantize(weight, lut, in_features, dtype)
-
-
-def _check_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> None:
-    torch._check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
-    _check_packed(weight, lut, in_features)
-
-
-def _dequantize_fake(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    _check_dequantize(weight, lut, in_features, dtype)
-    return lut.new_empty(weight.shape[1], in_features, dtype=dtype)
-
-
-_library.impl("lut_linear", _linear, "CompositeExplicitAutograd")
-_library.impl("lut_dequantize", _dequantize, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{OPS_NAMESPACE}::lut_linear", _linear_fake, lib=_library)
-torch.library.register_fake(f"{OPS_NAMESPACE}::lut_dequantize", _dequantize_fake, lib=_library)
-
-_ops = getattr(torch.ops, OPS_NAMESPACE)
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    x, weight, lut, _ = inputs
-    ctx.save_for_backward(weight, lut)
-    ctx.in_features = x.shape[-1]
-
-
-def _backward(ctx, grad: Tensor):
-    """Gradients of x and the bias; codes and codebooks are constants here."""
-    weight, lut = ctx.saved_tensors
-    grad_x = grad @ _ops.lut_dequantize(weight, lut, ctx.in_features, grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[3] else None
-    return grad_x, None, None, grad_bias
-
-
-torch.library.register_autograd(
-    f"{OPS_NAMESPACE}::lut_linear", _backward, setup_context=_save_for_backward, lib=_library
-)
+_define("", _check_planes, dispatch.linear, dispatch.dequantize)
+_define("_tiled", _check_tiles, dispatch.linear_tiled, dispatch.dequantize_tiled)
 
 
 def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,7 +144,7 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = Non
         bias: ``[N]`` or None.
 
     Returns:
-        ``[..., N]`` in x's dtype.
+        ``[..., N]`` in x's dtype, products summed in at least fp32.
 
     Raises:
         RuntimeError: Shapes or dtypes do not fit together.
@@ -121,6 +152,21 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = Non
     return _ops.lut_linear(x, weight, lut, bias)
 
 
+def lut_linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`lut_linear` with the codes as tiles, int32 ``[ceil(N / 16), ceil(K / 128), 64 bits]``, of 2, 3 or 4 bits.
+
+    On NVIDIA GPUs from sm_80 on, products of fp16 and bf16 activations run on tensor cores (see README.md). The tiles
+    and the codebook may then be read before kernels that are running on the stream have ended: call :func:`settle`
+    after writing them.
+    """
+    return _ops.lut_linear_tiled(x, tiles, lut, bias)
+
+
 def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense matrix ``[N, in_features]`` in ``dtype``, on the device of ``weight``."""
     return _ops.lut_dequantize(weight, lut, in_features, dtype)
+
+
+def lut_dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """:func:`lut_dequantize` with the codes as tiles."""
+    return _ops.lut_dequantize_tiled(tiles, lut, in_features, dtype)

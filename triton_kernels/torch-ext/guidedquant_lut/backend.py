@@ -1,0 +1,81 @@
+"""Which implementation runs: by what the device can do, or by what the user says."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "tensor_core", "triton", "torch")
+ENVIRONMENT_VARIABLE = "HF_GUIDEDQUANT_KERNELS"
+
+_requested: str | None = None
+
+
+def set_backend(name: str) -> None:
+    """Choose the kernels of this process; it wins over the environment variable ``HF_GUIDEDQUANT_KERNELS``.
+
+    Args:
+        name: ``"auto"``; ``"tensor_core"`` (byte permutes and MMA in inline PTX: NVIDIA sm_80 and newer, 2-4 bits);
+            ``"triton"`` (plain Triton, any GPU that Triton knows); ``"torch"`` (anywhere, slow). A device that cannot
+            run the choice gets the next best. Layers are laid out for a backend when they are loaded or moved, and
+            graphs are captured for it: choose before.
+
+    Raises:
+        ValueError: No such backend.
+    """
+    global _requested
+    _requested = _checked(name)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"There are no kernels {name!r}; choose one of {', '.join(BACKENDS)}.")
+    return name
+
+
+def backend_for(device: torch.device) -> str:
+    """The backend for tensors on ``device``: ``"tensor_core"``, ``"triton"`` or ``"torch"``."""
+    best = _best(device.type, device.index if device.index is not None else -1)
+    asked = _requested or _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    if asked == "auto":
+        return best
+    # BACKENDS is in the order of what they ask of a device.
+    return max(best, asked, key=BACKENDS.index)
+
+
+def settle(device: torch.device) -> None:
+    """Wait until weights that were just written are there: kernels may fetch them before kernels ahead have ended."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+@functools.cache
+def _best(device_type: str, index: int) -> str:
+    device = torch.device(device_type, index) if index >= 0 else torch.device(device_type)
+    best, why = _examine(device)
+    if device_type != "cpu":
+        logger.info("Kernels on %s: %s (%s)", device, best, why)
+    return best
+
+
+def _examine(device: torch.device) -> tuple[str, str]:
+    """What a device can run, and why."""
+    if device.type not in ("cuda", "xpu"):
+        return "torch", "no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "Triton is not installed"
+    if device.type == "xpu" or torch.version.hip:
+        return "triton", "not an NVIDIA GPU"
+    capability = torch.cuda.get_device_capability(device)
+    name = f"{torch.cuda.get_device_name(device)}, sm_{capability[0]}{capability[1]}"
+    if capability < (8, 0):
+        return "triton", name
+    try:
+        from .tensor_core import works
+    except ImportError:  # a Triton without dependent launches
+        return "triton", f"{name}; the tensor-core path needs a newer Triton"
+    return ("tensor_core", name) if works(device) else ("triton", f"{name}; the tensor-core path failed its self-test")

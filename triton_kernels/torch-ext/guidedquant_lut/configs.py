@@ -1,0 +1,58 @@
+"""How to launch the product: measured choices in `configs.json`, made by `benchmarks/tune_kernels.py`."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+CONFIGS_FILE = Path(__file__).with_name("configs.json")
+
+
+class Config(NamedTuple):
+    """Launch parameters of `linear_kernel`."""
+
+    row_tiles: int  # 16 rows each, for every program
+    token_tiles: int  # 8 tokens each, for every program
+    unroll: int  # blocks of 128 inputs that a warp has under way
+    warps: int  # that share out the inputs of a program's rows
+    overlap: int  # with the kernels before and after: PDL of the kernel
+
+
+def choose(capability: tuple[int, int], bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
+    """The launch parameters for a product, or None if a dense matrix and a dense product are faster.
+
+    That of the measured shape which is nearest in log rows and log inputs, among those for as many tokens or the next
+    larger count measured. GPUs older than sm_90 cannot overlap kernels.
+    """
+    config = _nearest(bits, tokens, rows, inputs)
+    if config is None:
+        return None
+    unroll = config.unroll
+    while unroll > 1 and config.warps * unroll * 128 >= 2 * inputs:
+        unroll //= 2
+    return config._replace(unroll=unroll, overlap=config.overlap if capability >= (9, 0) else 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
+    measured = table()[bits]
+    count = next((count for count in sorted(measured) if count >= tokens), None)
+    if count is None:
+        return None
+
+    def distance(shape: tuple[int, int]) -> float:
+        return abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / inputs))
+
+    return measured[count][min(measured[count], key=distance)]
+
+
+@functools.cache
+def table() -> dict[int, dict[int, dict[tuple[int, int], Config | None]]]:
+    """Bits -> largest number of tokens -> (rows, inputs) -> launch parameters."""
+    content = json.loads(CONFIGS_FILE.read_text(encoding="utf-8"))
+    result: dict[int, dict[int, dict[tuple[int, int], Config | None]]] = {}
+    for bits, tokens, rows, inputs, *config in content["choices"]:
+        shapes = result.setdefault(bits, {}).setdefault(tokens, {})
+        shapes[rows, inputs] = Config(*config) if config else None
+    return result

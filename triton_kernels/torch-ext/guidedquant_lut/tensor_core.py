@@ -1,0 +1,130 @@
+"""Launching the kernels on tiles."""
+
+import contextlib
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .configs import Config, choose
+from .reference import lut_dequantize, pack_codes
+from .tile_kernels import dequantize_kernel, linear_kernel
+from .tiles import pack_tiles
+
+logger = logging.getLogger(__name__)
+
+# Dense rows to expand at a time, beside many tokens.
+_DENSE_CHUNK_BYTES = 256 << 20
+
+
+def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ W.T + bias`` for fp16 and bf16 activations ``[..., K]``: ``[..., N]``."""
+    rows, inputs = lut.shape[0], x.shape[-1]
+    flat = x.reshape(-1, inputs)
+    y = x.new_empty(flat.shape[0], rows)
+    capability = torch.cuda.get_device_capability(x.device)
+    config = choose(capability, tiles.shape[2] // 64, flat.shape[0], rows, inputs)
+    with _on(x.device):
+        if config is None:
+            linear_by_chunks(flat, tiles, lut, bias, y)
+        else:
+            launch_linear(_aligned(flat), tiles, lut, bias, y, config)
+    return y.view(*x.shape[:-1], rows)
+
+
+def launch_linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
+    """One launch. x ``[M, K]`` with aligned rows (:func:`_aligned`), y ``[M, N]`` contiguous."""
+    lut, convert, converted = _codebook(lut, x.dtype)
+    tokens, rows, inputs = x.shape[0], lut.shape[0], x.shape[1]
+    grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // (8 * config.token_tiles)))
+    # A codebook that was converted a moment ago must not be read ahead of the conversion's end.
+    overlap = 0 if converted else config.overlap
+    linear_kernel[grid](
+        x, tiles, lut, bias if bias is not None else lut, y, tokens, rows, inputs, x.stride(0) // 8,
+        BITS=tiles.shape[2] // 64, ROW_TILES=config.row_tiles, TOKEN_TILES=config.token_tiles, UNROLL=config.unroll,
+        WARPS=config.warps, BF16=x.dtype == torch.bfloat16, CONVERT=convert, HAS_BIAS=bias is not None,
+        EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=overlap, ASM=True,
+        num_warps=config.warps, launch_pdl=overlap > 0,
+    )  # fmt: skip
+
+
+def dequantize(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The dense matrix ``[N, in_features]`` in fp16 or bf16."""
+    padded = -(-in_features // 8) * 8
+    dense = torch.empty(lut.shape[0], padded, dtype=dtype, device=tiles.device)
+    with _on(tiles.device):
+        _launch_dequantize(tiles, lut, dense)
+    return dense if padded == in_features else dense[:, :in_features].contiguous()
+
+
+def _launch_dequantize(tiles: Tensor, lut: Tensor, dense: Tensor) -> None:
+    lut, convert, _ = _codebook(lut, dense.dtype)
+    warps = 4
+    dequantize_kernel[(tiles.shape[0], -(-tiles.shape[1] // warps))](
+        tiles, lut, dense.view(torch.int32), lut.shape[0], dense.shape[1], dense.shape[1] // 8,
+        BITS=tiles.shape[2] // 64, WARPS=warps, CONVERT=convert, ASM=True, num_warps=warps,
+    )  # fmt: skip
+
+
+def linear_by_chunks(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Expand some rows and multiply them with a dense product, over and over in one buffer."""
+    padded = -(-x.shape[1] // 8) * 8
+    x = F.pad(x, (0, padded - x.shape[1])) if padded != x.shape[1] else x
+    tile_bytes = 16 * padded * x.element_size()
+    step = min(tiles.shape[0], max(1, _DENSE_CHUNK_BYTES // tile_bytes))
+    buffer = torch.empty(16 * step, padded, dtype=x.dtype, device=x.device)
+    for start in range(0, tiles.shape[0], step):
+        rows = slice(16 * start, min(16 * (start + step), lut.shape[0]))
+        dense = buffer[: rows.stop - rows.start]
+        _launch_dequantize(tiles[start : start + step], lut[rows], dense)
+        if bias is None:
+            torch.mm(x, dense.mT, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows].to(x.dtype), x, dense.mT, out=y[:, rows])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it, whose rows are contiguous, a multiple of 8 elements apart and begin at 16 bytes."""
+    inputs = x.shape[1]
+    if inputs % 8:
+        return F.pad(x, (0, -inputs % 8))
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _codebook(lut: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
+    """The codebook as the kernels take it, whether they must convert it to bf16, and whether it was converted here."""
+    converted = lut.dtype not in (dtype, torch.float16) or not lut.is_contiguous()
+    if converted:
+        lut = lut.to(dtype).contiguous()
+    return lut, lut.dtype != dtype, converted
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever its tensors are on."""
+    return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def works(device: torch.device) -> bool:
+    """Whether a small product comes out right.
+
+    The kernels rely on the order in which Triton spreads a tensor over threads, which no documentation promises.
+    """
+    try:
+        with torch.cuda.device(device), torch.inference_mode():
+            codes = torch.arange(32 * 1024, device=device).mul(40503).bitwise_right_shift(7).bitwise_and(7)
+            weight = pack_codes(codes.view(32, 1024).to(torch.uint8), 3)
+            lut = torch.linspace(-1, 1, 256, device=device, dtype=torch.float16).view(32, 8)
+            x = torch.linspace(-1, 1, 3 * 1024, device=device, dtype=torch.float16).sin().view(3, 1024)
+            y = torch.full((3, 32), torch.nan, device=device, dtype=torch.float16)
+            tiles = pack_tiles(weight, 1024)
+            launch_linear(x, tiles, lut, None, y, Config(1, 1, 1, 4, 0))
+            dense = lut_dequantize(weight, lut, 1024, torch.float16)
+            expected, bound = x.double() @ dense.double().mT, x.double().abs() @ dense.double().abs().mT
+            right = ((y.double() - expected).abs() <= 2.0**-10 * (expected.abs() + bound)).all()
+            return bool(right) and torch.equal(dequantize(tiles, lut, 1024, torch.float16), dense)
+    except Exception:
+        logger.warning("The tensor-core kernels failed their self-test on %s", device, exc_info=True)
+        return False

@@ -16,6 +16,7 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 ROOMS = [
     "errors",
     "codes",
+    "decoding",
     "triton_kernels",
     "solvers",
     "config",

@@ -9,22 +9,29 @@ import logging as _logging
 from . import errors, evaluate
 from .checkpoint import save
 from .config import GuidedQuantConfig
-from .nn import GuidedLinear, cache_dequantized
+from .decoding import GraphedDecode, graphed_decode
+from .nn import GuidedLinear, cache_dequantized, fuse, unfuse
 from .plan import plan
 from .quantizer import GuidedQuantizer, quantize, register
+from .triton_kernels import set_backend
 
 __version__ = "0.1.0"
 __all__ = [
+    "GraphedDecode",
     "GuidedLinear",
     "GuidedQuantConfig",
     "GuidedQuantizer",
     "cache_dequantized",
     "errors",
     "evaluate",
+    "fuse",
+    "graphed_decode",
     "plan",
     "quantize",
     "register",
     "save",
+    "set_backend",
+    "unfuse",
 ]
 
 register()

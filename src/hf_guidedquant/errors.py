@@ -67,3 +67,10 @@ class CheckpointError(GuidedQuantError, ValueError):
 
 class OutputFolderError(GuidedQuantError, FileExistsError):
     """The folder to write to exists and is not empty."""
+
+
+class DecodingError(GuidedQuantError, ValueError):
+    """A call of ``generate`` asks for something that the graphed decode loop cannot do."""
+
+    def __init__(self, request: str) -> None:
+        super().__init__(f"graphed_decode cannot do {request}. Call generate without custom_generate, which can.")

@@ -1,0 +1,179 @@
+"""The decode step: one token for every row, on buffers that stay where they are."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, LogitsProcessor
+
+from .capture import Compiled, Replay, facts, model_facts
+from .processors import ScoresOnly, captured, token_mask
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step depends on besides the model and the length of its cache."""
+
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    do_sample: bool
+    # Rows that have met a stop token go on with padding.
+    pads: bool
+    processors: tuple[Hashable, ...]
+    compile: bool
+    capture: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the host learns of a step, once its copy has arrived."""
+
+    values: Tensor
+    copied: torch.cuda.Event | None
+
+    def read(self) -> tuple[Tensor, bool]:
+        """The tokens ``[batch]``, and whether any row goes on."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.values[:-1], bool(self.values[-1])
+
+
+class DecodeStep:
+    """Forward pass, logits processors, choice, stop tokens and bookkeeping of one token per row.
+
+    Attributes:
+        cache: Static key-value cache that the step fills, ``cache_length`` tokens long.
+        output: New tokens, int64 ``[batch, cache_length]``; columns beyond the tokens generated are undefined.
+    """
+
+    def __init__(self, cache: Cache, cache_length: int, settings: StepSettings) -> None:
+        self.cache, self.cache_length, self.settings = cache, cache_length, settings
+        batch_size, device = settings.batch_size, settings.device
+        self.output = torch.zeros(batch_size, cache_length, dtype=torch.int64, device=device)
+        # New tokens so far, and the column of the cache that the next forward pass fills.
+        self._generated = torch.zeros(1, dtype=torch.int64, device=device)
+        self._column = torch.zeros(1, dtype=torch.int64, device=device)
+        self._pad = torch.zeros(1, dtype=torch.int64, device=device)
+        self._unfinished = torch.ones(batch_size, dtype=torch.bool, device=device)
+        self._report = torch.zeros(batch_size + 1, dtype=torch.int64, device=device)
+        self._forward: Callable[..., Tensor] = Compiled(_scores) if settings.compile else _scores
+        self._replay = Replay(device) if settings.capture else None
+        self._facts: Hashable = None
+
+    def start(
+        self,
+        model: nn.Module,
+        logits: Tensor,
+        inputs: dict[str, Any],
+        prompt: Tensor,
+        processors: Sequence[LogitsProcessor],
+        stop_ids: Tensor,
+        pad_id: Tensor,
+    ) -> None:
+        """Choose the first token, and set the buffers for the second.
+
+        Args:
+            model: The model, whose cache holds the prompt.
+            logits: What it says of the first token, ``[batch, vocabulary]``.
+            inputs: Its inputs for the second token, but for the token itself. ``attention_mask`` is
+                ``[batch, prompt + 1]``.
+            prompt: Token ids ``[batch, length]``.
+            processors: The call's logits processors.
+            stop_ids: Tokens that end a row.
+            pad_id: The token that follows them.
+        """
+        inputs = dict(inputs)
+        if (mask := inputs.get("attention_mask")) is not None:
+            self._column.fill_(mask.shape[1] - 1)
+            inputs["attention_mask"] = nn.functional.pad(mask, (0, self.output.shape[1] - mask.shape[1]))
+        layout = facts(inputs, lambda tensor: (tensor.shape, tensor.dtype))
+        # The weights may have been replaced since the last call, or the vocabulary resized.
+        current = (layout, logits.shape, model_facts(model))
+        if self._facts != current:
+            self._allocate(logits, inputs, processors)
+            self._facts = current
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._inputs[name].copy_(value)
+        for ours, theirs in zip(self._processors, processors, strict=True):
+            ours.start(theirs, prompt)
+        self._stops.copy_(token_mask(stop_ids, self._stops))
+        self._pad.copy_(pad_id)
+        self._generated.zero_()
+        self._unfinished.fill_(True)
+        self._choose(logits.float())
+
+    def run(self, model: nn.Module) -> None:
+        """Generate one more token for every row."""
+        if self._replay is None:
+            self._advance(model)
+        else:
+            self._replay(lambda: self._advance(model))
+
+    def finish_rows(self, done: Tensor) -> None:
+        """End the rows that ``done`` (bool ``[batch]``) marks."""
+        self._unfinished &= ~done.to(self._unfinished.device)
+        self._report[-1:] = self._unfinished.any()
+
+    def sequences(self, input_ids: Tensor, length: int) -> Tensor:
+        """The prompt ``[batch, prompt]`` and the first ``length`` new tokens."""
+        return torch.cat([input_ids, self.output[:, :length].to(input_ids.device)], dim=1)
+
+    def report(self) -> Report:
+        """Start to copy the last tokens to the host."""
+        if self._report.device.type != "cuda":
+            return Report(self._report.clone(), None)
+        values = torch.empty(self._report.shape, dtype=self._report.dtype, pin_memory=True)
+        values.copy_(self._report, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        return Report(values, copied)
+
+    def _allocate(self, logits: Tensor, inputs: dict[str, Any], processors: Sequence[LogitsProcessor]) -> None:
+        """New buffers for inputs like these; a graph on the old ones is dropped."""
+        if self._replay is not None:
+            self._replay.reset()
+        self._inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        self._stops = torch.zeros_like(logits[0], dtype=torch.bool)
+        self._processors: list[ScoresOnly] = captured(processors, logits)
+
+    def _advance(self, model: nn.Module) -> None:
+        """The step itself."""
+        scores = self._forward(model, self._inputs)
+        if "position_ids" in self._inputs:
+            self._inputs["position_ids"].add_(1)
+        if "attention_mask" in self._inputs:
+            self._inputs["attention_mask"].index_fill_(1, self._column.add_(1), 1)
+        self._choose(scores)
+
+    def _choose(self, scores: Tensor) -> None:
+        """Pick a token per row from scores ``[batch, vocabulary]``, and write it down."""
+        for process in self._processors:
+            scores = process(scores, self._generated)
+        if self.settings.do_sample:
+            probabilities = scores.softmax(dim=-1)
+            # The largest p / e with e ~ Exp(1) is a draw from p. torch.multinomial would make the host wait.
+            scores = probabilities / torch.empty_like(probabilities).exponential_()
+        tokens = scores.argmax(dim=-1)
+        for process in self._processors:
+            process.observe(tokens)
+        stopped = self._stops[tokens]
+        if self.settings.pads:
+            tokens = torch.where(self._unfinished, tokens, self._pad)
+        self._unfinished.logical_and_(~stopped)
+        self._inputs["input_ids"].copy_(tokens[:, None])
+        self.output.index_copy_(1, self._generated, tokens[:, None])
+        self._generated.add_(1)
+        self._report[:-1] = tokens
+        self._report[-1:] = self._unfinished.any()
+
+
+def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Scores of the next token in fp32, ``[batch, vocabulary]``."""
+    return model(**inputs, return_dict=True).logits[:, -1].float()
+
+
+__all__ = ["DecodeStep", "Report", "StepSettings"]

@@ -1,0 +1,130 @@
+"""Quantized products against fp16 cuBLAS on a GPU, layer by layer, in one run.
+
+    python benchmarks/kernel_speed.py --output kernels.json --picture roofline.png
+
+Prints, for one token and every shape, the time, its ratio to fp16 and the part of the measured read bandwidth that it
+reaches; then the ratios over the number of tokens. CUDA graphs, medians, weights rotated beyond L2 (see gpu_timing.py).
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import copies, graph_time, random_layer, read_bandwidth
+
+from hf_guidedquant.triton_kernels import lut_linear_tiled
+
+BITS = (2, 3, 4)
+SHAPES = [
+    (4096, 4096), (14336, 4096), (28672, 4096), (4096, 14336), (8192, 28672),
+    (4096, 1024), (6144, 1024), (1024, 2048), (1024, 3072),
+    (960, 576), (576, 576), (3072, 576), (576, 1536),
+]  # fmt: skip
+SWEPT = [(28672, 4096), (4096, 4096), (4096, 14336)]
+
+
+def measure(rows: int, inputs: int, counts: list[int], replays: int) -> list[dict[str, Any]]:
+    """Microseconds of fp16 and of every bit width, for every number of tokens."""
+    results = []
+    dense = [torch.randn(rows, inputs, dtype=torch.float16, device="cuda") for _ in range(copies(2 * rows * inputs))]
+    layers = {bits: random_layer(bits, rows, inputs, copies(rows * inputs * bits // 8)) for bits in BITS}
+    for tokens in counts:
+        x = torch.randn(tokens, inputs, dtype=torch.float16, device="cuda")
+        products: dict[int, list[Callable[[], object]]] = {
+            16: [partial(torch.nn.functional.linear, x, weight) for weight in dense]
+        }
+        for bits, (matrices, lut) in layers.items():
+            products[bits] = [partial(lut_linear_tiled, x, tiles, lut) for tiles in matrices]
+        few = {bits: calls if tokens <= 64 else calls[:8] for bits, calls in products.items()}
+        times = {bits: graph_time(calls, replays) for bits, calls in few.items()}
+        results.append({"rows": rows, "inputs": inputs, "tokens": tokens, "us": times})
+    return results
+
+
+def layer_bytes(rows: int, inputs: int, bits: int) -> float:
+    """Bytes of a layer's weights and codebooks."""
+    return rows * inputs * bits / 8 + (rows * 2**bits * 2 if bits < 16 else 0)
+
+
+def show_one_token(results: list[dict[str, Any]], bandwidth: float) -> None:
+    print("\n|  N x K, one token | fp16 us |" + "".join(f" {bits}-bit us | ratio | of bandwidth |" for bits in BITS))
+    print("|---|---|" + "---|---|---|" * len(BITS))
+    for result in results:
+        rows, inputs, us = result["rows"], result["inputs"], result["us"]
+        line = f"| {rows} x {inputs} | {us[16]:.2f} |"
+        for bits in BITS:
+            part = layer_bytes(rows, inputs, bits) / (us[bits] * 1e-6) / bandwidth
+            line += f" {us[bits]:.2f} | {us[16] / us[bits]:.2f} | {part:.0%} |"
+        print(line, flush=True)
+
+
+def show_sweep(results: list[dict[str, Any]]) -> None:
+    counts = sorted({result["tokens"] for result in results})
+    print("\n| ratio to fp16 | bits |" + "".join(f" {count} |" for count in counts))
+    print("|---|---|" + "---|" * len(counts))
+    for rows, inputs in dict.fromkeys((r["rows"], r["inputs"]) for r in results):
+        mine = {r["tokens"]: r["us"] for r in results if (r["rows"], r["inputs"]) == (rows, inputs)}
+        for bits in BITS:
+            ratios = "".join(f" {mine[count][16] / mine[count][bits]:.2f} |" for count in counts)
+            print(f"| {rows} x {inputs} | {bits} |{ratios}", flush=True)
+
+
+def draw(results: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
+    """Roofline: products per byte of weights against products per second, one line per bit width."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for bits in (16, *BITS):
+        points = []
+        for result in results:
+            operations = 2 * result["tokens"] * result["rows"] * result["inputs"]
+            weights = layer_bytes(result["rows"], result["inputs"], bits)
+            points.append((operations / weights, operations / result["us"][bits] * 1e-6))
+        axes.plot(*zip(*points, strict=True), marker="o", label="fp16, cuBLAS" if bits == 16 else f"{bits} bit")
+    low, high = axes.get_xlim()[0], max(line.get_xdata()[-1] for line in axes.lines)  # type: ignore[arg-type]
+    intensities = [max(low, 0.5), high]
+    axes.plot(intensities, [i * bandwidth * 1e-12 for i in intensities], "k--", lw=1, label="measured read bandwidth")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="TFLOP/s")
+    rows, inputs = results[0]["rows"], results[0]["inputs"]
+    counts = [result["tokens"] for result in results]
+    axes.set_title(f"{rows} x {inputs}, {counts[0]} to {counts[-1]} tokens, {torch.cuda.get_device_name()}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    options = parse()
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
+    one_token = [result for shape in SHAPES for result in measure(*shape, [1], options.replays)]
+    show_one_token(one_token, bandwidth)
+    swept = [result for shape in SWEPT for result in measure(*shape, options.tokens, options.replays)]
+    show_sweep(swept)
+    if options.output:
+        content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
+        options.output.write_text(json.dumps(content | {"one_token": one_token, "swept": swept}, indent=1))
+    if options.picture:
+        draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, options.picture)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+    parser.add_argument("--tokens", type=int, nargs="+", default=default, help="numbers of tokens for the sweep")
+    parser.add_argument("--replays", type=int, default=12, help="graph replays that a median is of")
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--picture", type=Path, help="PNG of a roofline to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

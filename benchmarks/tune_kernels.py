@@ -1,0 +1,113 @@
+"""Find the fastest launch parameters of the tensor-core kernels and write them to `configs.json`.
+
+    python benchmarks/tune_kernels.py --output triton_kernels/torch-ext/guidedquant_lut/configs.json
+
+Times every candidate on every shape (about two minutes on an H100, compiling included).
+Without `--output` it only prints.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from gpu_timing import copies, graph_time, random_layer
+
+from hf_guidedquant.triton_kernels import tensor_core
+from hf_guidedquant.triton_kernels.configs import Config
+
+BITS = (2, 3, 4)
+# Linear layers, fused where they would be, of SmolLM2-135M, Qwen3-0.6B, Llama-3.1-8B and -70B.
+SHAPES = [
+    (576, 576), (960, 576), (3072, 576), (576, 1536),
+    (4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072),
+    (1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336),
+    (8192, 8192), (8192, 28672),
+]  # fmt: skip
+
+
+def candidates(tokens: int) -> list[Config]:
+    """What to try for a number of tokens: row tiles, token tiles, unroll, warps, overlap."""
+    if tokens <= 8:
+        shapes = [(1, 4, 8), (1, 2, 8), (1, 1, 8), (1, 4, 4), (1, 2, 4), (2, 1, 4), (2, 2, 8), (2, 1, 8), (1, 2, 16)]
+        return [Config(r, 1, u, w, o) for r, u, w in shapes for o in ((0, 1, 2) if tokens == 1 else (0, 1))]
+    if tokens <= 16:
+        shapes = [(1, 2, 8), (1, 1, 8), (1, 2, 4), (2, 1, 4), (2, 1, 8), (4, 1, 4)]
+        return [Config(r, 2, u, w, o) for r, u, w in shapes for o in (0, 1)]
+    if tokens <= 32:
+        shapes = [(1, 1, 8), (1, 1, 4), (2, 1, 4), (2, 1, 8), (1, 2, 8)]
+        return [Config(r, 4, u, w, o) for r, u, w in shapes for o in (0, 1)]
+    return [Config(r, t, 1, w, 0) for r, t, w in ((2, 4, 4), (2, 4, 8), (2, 8, 4), (1, 8, 4), (2, 8, 2), (1, 4, 8))]
+
+
+def compile_one(job: tuple[int, int, int, int, Config]) -> None:
+    bits, rows, inputs, tokens, config = job
+    tiles, lut = random_layer(bits, rows, inputs, 1)
+    x, y = (torch.zeros(tokens, n, dtype=torch.float16, device="cuda") for n in (inputs, rows))
+    tensor_core.launch_linear(x, tiles[0], lut, None, y, config)
+    torch.cuda.synchronize()
+
+
+def compile_all(counts: list[int]) -> None:
+    """Fill Triton's cache in several processes: once with masks and once without."""
+    jobs = [
+        (bits, 16, inputs, tokens, config)
+        for bits in BITS
+        for tokens in counts
+        for config in candidates(tokens)
+        for inputs in (128, 128 * config.warps * config.unroll)
+    ]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        pool.map(compile_one, sorted(set(jobs)), chunksize=1)
+
+
+def main() -> None:
+    options = parse()
+    begin = time.perf_counter()
+    compile_all(options.tokens)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    choices, everything = [], []
+    for rows, inputs in SHAPES:
+        dense = [
+            torch.randn(rows, inputs, dtype=torch.float16, device="cuda") for _ in range(copies(2 * rows * inputs))
+        ]
+        for tokens in options.tokens:
+            x = torch.randn(tokens, inputs, dtype=torch.float16, device="cuda")
+            y = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
+            reference = graph_time([partial(torch.nn.functional.linear, x, weight) for weight in dense], 6)
+            line = f"{rows:6}x{inputs:<6} M {tokens:4}  fp16 {reference:7.2f} us"
+            for bits in BITS:
+                matrices, lut = random_layer(bits, rows, inputs, copies(rows * inputs * bits // 8))
+                times: dict[Config | None, float] = {}
+                for config in candidates(tokens):
+                    calls = [partial(tensor_core.launch_linear, x, tiles, lut, None, y, config) for tiles in matrices]
+                    times[config] = graph_time(calls, 6)
+                if tokens >= 64:
+                    calls = [partial(tensor_core.linear_by_chunks, x, tiles, lut, None, y) for tiles in matrices[:8]]
+                    times[None] = graph_time(calls, 6)
+                best = min(times, key=times.__getitem__)
+                choices.append([bits, tokens, rows, inputs, *(best or ())])
+                everything.append([bits, tokens, rows, inputs, reference, [[t, c] for c, t in times.items()]])
+                line += f" | {bits}-bit {times[best]:7.2f} {reference / times[best]:5.2f}x {tuple(best or ())}"
+            print(line, flush=True)
+    table = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "choices": sorted(choices)}
+    if options.output:
+        text = json.dumps(table)
+        options.output.write_text(text.replace('"choices": [', '"choices": [\n').replace("], [", "],\n[") + "\n")
+    if options.timings:
+        options.timings.write_text(json.dumps(everything))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256], help="token counts")
+    parser.add_argument("--output", type=Path, help="configs.json to write")
+    parser.add_argument("--timings", type=Path, help="JSON of all timings")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -140,6 +140,21 @@ def test_a_fused_layer_called_by_itself_or_in_another_order(device):
         assert torch.equal(parts[2](inside), expected[2])
 
 
+def test_layers_that_never_see_the_same_tensor_are_given_up(device):
+    layer = device.there(quantized()).model.layers[0].self_attn
+    inputs = torch.randn(20, 3, 64, device=device.name, dtype=torch.float16)
+    for x in inputs[:4]:
+        layer.q_proj(x)
+    assert layer.q_proj.fusion.ready  # a few times may be chance
+    for x in inputs:
+        layer.q_proj(x)
+    assert not layer.q_proj.fusion.ready
+    assert layer.q_proj.fusion._latest is None
+    expected = layer.k_proj(inputs[0])
+    hf_guidedquant.unfuse(layer)
+    assert torch.equal(layer.k_proj(inputs[0]), expected)
+
+
 def test_fused_layers_are_not_fused_where_they_differ(device):
     config = {"overrides": {"*.k_proj": {"bits": 4}, "*.1.mlp.up_proj": {"bits": 2}}}
     model = device.there(quantized(**config))

@@ -15,6 +15,8 @@ from ..triton_kernels import TILE_ROWS, lut_linear_tiled, settle
 if TYPE_CHECKING:
     from .guided_linear import GuidedLinear
 
+# Products in a row of which some members did not want their share, after which a fusion is given up.
+_PATIENCE = 8
 # Names, within their parent, of layers that most architectures feed one tensor.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("query", "key", "value"))
 
@@ -31,10 +33,11 @@ class Fusion:
         # Activations, what else a product depends on, the shares, and who has not had theirs yet. Replaced as a whole,
         # never changed: a thread sees all of it or none.
         self._latest: tuple[Tensor, Any, tuple[Tensor, ...], frozenset[int]] | None = None
+        self._unfinished = 0
 
     def rebuild(self) -> None:
         """Concatenate the members' parameters, if they can be multiplied together where they are now."""
-        self.ready, self._latest = False, None
+        self.ready, self._latest, self._unfinished = False, None, 0
         first = self.members[0]
         if not all(member.tiled and member.weight.device == first.weight.device for member in self.members):
             self._tiles = self._lut = self._bias = None
@@ -59,6 +62,9 @@ class Fusion:
         state = _state(x)
         latest = self._latest
         if latest is None or latest[0] is not x or latest[1] != state or position not in latest[3]:
+            self._count_unfinished(latest is not None)
+            if not self.ready:
+                return lut_linear_tiled(x, member.weight, member.lut, member.bias)
             y = lut_linear_tiled(x, self._tiles, self._lut, self._bias)
             shares = y.split([other.out_features for other in self.members], dim=-1)
             latest = (x, state, shares, frozenset(range(len(self.members))))
@@ -66,11 +72,19 @@ class Fusion:
         self._latest = (*latest[:3], waiting) if waiting else None
         return latest[2][position]
 
+    def _count_unfinished(self, unfinished: bool) -> None:
+        """Give up on members that are not called with one tensor after all: they would compute everything for each."""
+        if torch.compiler.is_compiling():
+            return
+        self._unfinished = self._unfinished + 1 if unfinished else 0
+        if self._unfinished >= _PATIENCE:
+            self.ready, self._latest = False, None
+
     def dissolve(self) -> None:
         """Give the members parameters of their own again."""
         for member in self.members:
             member.fusion = None
-            if self.ready:
+            if self._tiles is not None:
                 for name in ("weight", "lut", "bias"):
                     parameter = getattr(member, name)
                     if parameter is not None:
@@ -79,7 +93,7 @@ class Fusion:
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the members have parameters of their own; they are fused again when they are moved.
-        return {"members": self.members, "ready": False, "_tiles": None, "_lut": None, "_bias": None, "_latest": None}
+        return vars(Fusion(self.members))
 
 
 def _state(x: Tensor) -> tuple[bool, int]:

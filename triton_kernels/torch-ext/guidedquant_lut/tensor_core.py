@@ -1,6 +1,7 @@
 """Launching the kernels on tiles."""
 
 import contextlib
+import functools
 import logging
 
 import torch
@@ -23,8 +24,7 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor
     rows, inputs = lut.shape[0], x.shape[-1]
     flat = x.reshape(-1, inputs)
     y = x.new_empty(flat.shape[0], rows)
-    capability = torch.cuda.get_device_capability(x.device)
-    config = choose(capability, tiles.shape[2] // 64, flat.shape[0], rows, inputs)
+    config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     with _on(x.device):
         if config is None:
             linear_by_chunks(flat, tiles, lut, bias, y)
@@ -100,6 +100,11 @@ def _codebook(lut: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
     if converted:
         lut = lut.to(dtype).contiguous()
     return lut, lut.dtype != dtype, converted
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -1,6 +1,6 @@
-"""Find the fastest launch parameters of the tensor-core kernels and write them to `configs.json`.
+"""Find the fastest launch parameters of the tensor-core kernels and write them to `launch_table.py`.
 
-    python benchmarks/tune_kernels.py --output triton_kernels/torch-ext/guidedquant_lut/configs.json
+    python benchmarks/tune_kernels.py --output triton_kernels/torch-ext/guidedquant_lut/launch_table.py
 
 Times every candidate on every shape (about two minutes on an H100, compiling included).
 Without `--output` it only prints.
@@ -27,6 +27,19 @@ SHAPES = [
     (1024, 4096), (4096, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336),
     (8192, 8192), (8192, 28672),
 ]  # fmt: skip
+
+TABLE = '''\
+"""Measured launch parameters of the tensor-core kernels. Written by `benchmarks/tune_kernels.py`; not by hand."""
+
+DEVICE = "{}"
+TORCH = "{}"
+
+# Bits, tokens at most, rows, inputs, then the fields of a configs.Config; without them a dense product is faster.
+# fmt: off
+CHOICES: list[tuple[int, ...]] = [
+{}]
+# fmt: on
+'''
 
 
 def candidates(tokens: int) -> list[Config]:
@@ -93,10 +106,9 @@ def main() -> None:
                 everything.append([bits, tokens, rows, inputs, reference, [[t, c] for c, t in times.items()]])
                 line += f" | {bits}-bit {times[best]:7.2f} {reference / times[best]:5.2f}x {tuple(best or ())}"
             print(line, flush=True)
-    table = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "choices": sorted(choices)}
     if options.output:
-        text = json.dumps(table)
-        options.output.write_text(text.replace('"choices": [', '"choices": [\n').replace("], [", "],\n[") + "\n")
+        lines = "".join(f"    {tuple(choice)},\n" for choice in sorted(choices))
+        options.output.write_text(TABLE.format(torch.cuda.get_device_name(), torch.__version__, lines))
     if options.timings:
         options.timings.write_text(json.dumps(everything))
 
@@ -104,7 +116,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 16, 32, 64, 128, 256], help="token counts")
-    parser.add_argument("--output", type=Path, help="configs.json to write")
+    parser.add_argument("--output", type=Path, help="launch_table.py to write")
     parser.add_argument("--timings", type=Path, help="JSON of all timings")
     return parser.parse_args()
 

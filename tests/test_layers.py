@@ -135,6 +135,7 @@ def test_a_fused_layer_called_by_itself_or_in_another_order(device):
     with torch.no_grad():
         parts[0](x)
     assert parts[1](x).requires_grad
+    assert torch.equal(parts[0](torch.cat([x] * 30)), parts[0](x).repeat(30, 1))  # too many tokens to share
     with torch.inference_mode():
         inside = x.detach() * 1
         assert torch.equal(parts[2](inside), expected[2])
@@ -187,6 +188,56 @@ def test_fusion_can_be_turned_off(device, tmp_path):
         model.save_pretrained(tmp_path / str(fuse_layers))
     files = [(tmp_path / str(on) / "model.safetensors").read_bytes() for on in (True, False)]
     assert files[0] == files[1] == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_fused_layers_are_as_independent_as_others(device):
+    mlp = device.there(quantized(dtype=torch.float32)).model.layers[0].mlp
+    gate, up = mlp.gate_proj, mlp.up_proj
+    x = torch.randn(2, 3, 64, device=device.name)
+    with torch.no_grad():
+        assert gate(x).view(-1).shape == (2 * 3 * 96,)
+    y = x.clone().requires_grad_()
+    first, second = gate(y), up(y)
+    first.sum().backward()
+    second.sum().backward()
+    torch.nn.functional.silu(gate(y), inplace=True).sum().backward()
+    # A bias that is trained, another parameter in its place, and other codes.
+    for bias in (gate.bias, up.bias):
+        bias.requires_grad_(True)
+    (gate(x) + up(x)).sum().backward()
+    assert gate.bias.grad is not None
+    assert torch.equal(gate.bias.grad, up.bias.grad)
+    kept = gate.bias
+    mlp.to(device.name)
+    assert gate.bias is kept
+    with torch.no_grad():
+        before = up(x)
+        up.bias = torch.nn.Parameter(up.bias + 1)
+        gate(x)
+        torch.testing.assert_close(up(x), before + 1)
+        zeros = torch.func.functional_call(gate, {"lut": 0 * gate.lut}, (x,))
+        assert torch.equal(zeros, gate.bias.expand_as(zeros))
+
+
+def test_casting_fused_layers_is_casting_each(device):
+    model = device.there(quantized(dtype=torch.float32))
+    body = torch.nn.ModuleList([model.model])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        body.to(dtype)
+        for name, module in quantized_modules(model).items():
+            assert module.lut.dtype == torch.float16, name
+            assert module.bias is None or module.bias.dtype == dtype, name
+        assert len(fused(model)) == 4
+
+
+def test_replacing_a_fused_layer_leaves_the_others_right(device):
+    model = device.there(quantized())
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(3, 64, device=device.name, dtype=torch.float16)
+    expected = mlp.up_proj(x)
+    hf_guidedquant.nn.replace_module(mlp, "gate_proj", torch.nn.Identity())
+    assert mlp.up_proj.fusion is None
+    device.same(mlp.up_proj(x), expected)
 
 
 def test_gradients_reach_the_activations_of_fused_layers(device):

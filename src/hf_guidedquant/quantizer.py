@@ -17,6 +17,7 @@ from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
+from .triton_kernels import requested_backend
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ def quantize(model: Any, config: GuidedQuantConfig | dict[str, Any]) -> Any:
 
     Raises:
         GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then.
+        ValueError: ``HF_GUIDEDQUANT_KERNELS`` names no kernels. The model is unchanged.
     """
+    requested_backend()
     settings = GuidedQuantConfig(**config) if isinstance(config, dict) else config
     quantizer = GuidedQuantizer(settings, pre_quantized=False)
     quantizer.calibrate_and_swap(model)
@@ -57,6 +60,7 @@ class GuidedQuantizer(HfQuantizer):
         self.quantization_config: GuidedQuantConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        requested_backend()  # a name that does not exist must not be noticed after hours of work
         if self.pre_quantized:
             return
         pipeline.check_grad_mode()

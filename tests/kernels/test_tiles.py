@@ -54,6 +54,14 @@ def test_tiles_in_several_chunks_are_the_same(bits, monkeypatch):
     assert torch.equal(unpack_tiles(packed, 70, 300), weight)
 
 
+def test_nothing_at_all_is_an_empty_sum():
+    no_inputs = pack_tiles(torch.zeros(2, 5, 0, dtype=torch.int32), 0)
+    assert torch.equal(lut_linear_tiled(torch.ones(3, 0), no_inputs, torch.ones(5, 4)), torch.zeros(3, 5))
+    no_rows = pack_tiles(torch.zeros(2, 0, 2, dtype=torch.int32), 40)
+    assert unpack_tiles(no_rows, 0, 40).shape == (2, 0, 2)
+    assert lut_linear_tiled(torch.ones(3, 40), no_rows, torch.ones(0, 4)).shape == (3, 0)
+
+
 @pytest.mark.parametrize("bits", TILED_BITS)
 def test_every_bit_of_a_lane_has_one_place(bits):
     one_code = torch.zeros(16, 128, dtype=torch.uint8)

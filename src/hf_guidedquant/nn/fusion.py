@@ -2,7 +2,7 @@
 
 The rows of the layers are concatenated, which changes nothing for codebooks per row. The model keeps its modules: the
 first that is called computes the product for all and the others take their share of it, as long as they are called with
-the very same tensor. Each layer's parameters become views of the common ones, so nothing is stored twice.
+the very same tensor. Codes and codebooks of the layers become views of common ones, so they are not stored twice.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from ..triton_kernels import TILE_ROWS, lut_linear_tiled, settle
 if TYPE_CHECKING:
     from .guided_linear import GuidedLinear
 
+# For more tokens, launches cost nothing beside the products, and shares would have to be copied.
+_MOST_TOKENS = 64
 # Products in a row of which some members did not want their share, after which a fusion is given up.
 _PATIENCE = 8
 # Names, within their parent, of layers that most architectures feed one tensor.
@@ -30,47 +32,64 @@ class Fusion:
         self._tiles: Tensor | None = None
         self._lut: Tensor | None = None
         self._bias: Tensor | None = None
+        # The members' parameters at the time: a member that has others now is multiplied by itself.
+        self._parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
         # Activations, what else a product depends on, the shares, and who has not had theirs yet. Replaced as a whole,
         # never changed: a thread sees all of it or none.
         self._latest: tuple[Tensor, Any, tuple[Tensor, ...], frozenset[int]] | None = None
         self._unfinished = 0
 
     def rebuild(self) -> None:
-        """Concatenate the members' parameters, if they can be multiplied together where they are now."""
-        self.ready, self._latest, self._unfinished = False, None, 0
-        first = self.members[0]
-        if not all(member.tiled and member.weight.device == first.weight.device for member in self.members):
-            self._tiles = self._lut = self._bias = None
+        """Concatenate the members' parameters, if they can be multiplied together as they are now."""
+        self.release()
+        if not self._together():
             return
-        self._tiles = self._common("weight")
-        self._lut = self._common("lut")
-        self._bias = self._common("bias") if first.bias is not None else None
-        settle(first.weight.device)
+        self._tiles, self._lut = self._common("weight"), self._common("lut")
+        biases = [member.bias.data for member in self.members if member.bias is not None]
+        self._bias = torch.cat(biases) if biases else None
+        self._parameters = [(member.weight, member.lut, member.bias) for member in self.members]
+        settle(self._tiles.device)
         self.ready = True
+
+    def _together(self) -> bool:
+        places = {(m.tiled, m.weight.device, m.lut.device, m.lut.dtype) for m in self.members}
+        biases = {(m.bias.device, m.bias.dtype) for m in self.members if m.bias is not None}
+        return len(places) == 1 and len(biases) <= 1 and self.members[0].tiled and not self.members[0].weight.is_meta
 
     def _common(self, name: str) -> Tensor:
         """The members' parameters of that name as one tensor, of which they become views."""
         parameters = [getattr(member, name) for member in self.members]
         whole = torch.cat([parameter.data for parameter in parameters])
-        for member, part in zip(self.members, whole.split([len(p) for p in parameters]), strict=True):
-            setattr(member, name, nn.Parameter(part, requires_grad=False))
+        for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
         return whole
+
+    def serves(self, member: "GuidedLinear", x: Tensor) -> bool:
+        """Whether the member's product with ``x`` can come from the common one."""
+        if not self.ready or x.numel() > _MOST_TOKENS * member.in_features:
+            return False
+        weight, lut, bias = self._parameters[member.position]
+        if member.weight is not weight or member.lut is not lut or member.bias is not bias:
+            return False
+        # Shares of one product would share a node of the autograd graph.
+        return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
 
     def product(self, member: "GuidedLinear", x: Tensor) -> Tensor:
         """The member's product with ``x``, from the common one if that was computed for this very tensor."""
         position = member.position
-        state = _state(x)
+        version = _version(x)
         latest = self._latest
-        if latest is None or latest[0] is not x or latest[1] != state or position not in latest[3]:
+        if latest is None or latest[0] is not x or latest[1] != version or position not in latest[3]:
             self._count_unfinished(latest is not None)
             if not self.ready:
                 return lut_linear_tiled(x, member.weight, member.lut, member.bias)
             y = lut_linear_tiled(x, self._tiles, self._lut, self._bias)
             shares = y.split([other.out_features for other in self.members], dim=-1)
-            latest = (x, state, shares, frozenset(range(len(self.members))))
+            latest = (x, version, shares, frozenset(range(len(self.members))))
         waiting = latest[3] - {position}
         self._latest = (*latest[:3], waiting) if waiting else None
-        return latest[2][position]
+        # One token's share is contiguous as it is.
+        return latest[2][position].contiguous()
 
     def _count_unfinished(self, unfinished: bool) -> None:
         """Give up on members that are not called with one tensor after all: they would compute everything for each."""
@@ -78,36 +97,39 @@ class Fusion:
             return
         self._unfinished = self._unfinished + 1 if unfinished else 0
         if self._unfinished >= _PATIENCE:
-            self.ready, self._latest = False, None
+            self.release()
+
+    def release(self) -> None:
+        """Stop serving; members keep their parameters."""
+        self.ready, self._unfinished = False, 0
+        self._tiles, self._lut, self._bias, self._parameters, self._latest = None, None, None, [], None
 
     def dissolve(self) -> None:
         """Give the members parameters of their own again."""
+        self.release()
         for member in self.members:
             member.fusion = None
-            if self._tiles is not None:
-                for name in ("weight", "lut", "bias"):
-                    parameter = getattr(member, name)
-                    if parameter is not None:
-                        setattr(member, name, nn.Parameter(parameter.data.clone(), requires_grad=False))
-        self.ready, self._tiles, self._lut, self._bias, self._latest = False, None, None, None, None
+            for parameter in (member.weight, member.lut):
+                parameter.data = parameter.data.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the members have parameters of their own; they are fused again when they are moved.
         return vars(Fusion(self.members))
 
 
-def _state(x: Tensor) -> tuple[bool, int]:
-    """What, besides its identity, decides whether a product with ``x`` still holds: gradients, changes in place."""
-    frozen = torch.compiler.is_compiling() or x.is_inference()
-    return torch.is_grad_enabled(), 0 if frozen else x._version
+def _version(x: Tensor) -> int:
+    """How often ``x`` was changed in place, where torch counts that."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def fuse(model: nn.Module) -> int:
-    """Fuse the layers of a model that read the same activations; returns the number of fused products.
+    """Fuse the layers of a model that read the same activations; returns the number of products that are common now.
 
     What the model computes, saves and looks like stays the same. Layers that cannot be fused (different bits or
-    codebook dtypes, a bias on some only, rows that do not fill tiles) stay as they are. Products are common only on
-    GPUs with tensor-core kernels.
+    codebook dtypes, a bias on some only, rows that do not fill tiles) stay as they are. Products are common on GPUs
+    with tensor-core kernels, also once a model is moved there later, for up to 64 tokens and without gradients. Between
+    the calls of two such layers nobody may change their common input in place under ``torch.inference_mode`` or
+    ``torch.compile``: torch keeps no count of such changes there.
     """
     from .guided_linear import GuidedLinear
 
@@ -135,11 +157,6 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _compatible(members: list["GuidedLinear"]) -> bool:
-    kinds = {(m.in_features, m.bits, m.lut.dtype, m.bias is None, m.fusion is None) for m in members}
-    biases = {m.bias.dtype for m in members if m.bias is not None}
-    return (
-        len(kinds) == 1
-        and members[0].fusion is None
-        and len(biases) <= 1
-        and all(m.out_features % TILE_ROWS == 0 for m in members)
-    )
+    kinds = {(m.in_features, m.bits, m.bias is None) for m in members}
+    free = all(m.fusion is None for m in members)
+    return free and len(kinds) == 1 and all(m.out_features % TILE_ROWS == 0 for m in members)

@@ -120,7 +120,7 @@ class GuidedLinear(nn.Module):
         """``[..., in_features] -> [..., out_features]`` in x's dtype."""
         if self._caching:
             return self._dense_product(x)
-        if self.fusion is not None and self.fusion.ready:
+        if self.fusion is not None and self.fusion.serves(self, x):
             return self.fusion.product(self, x)
         if self._tiled:
             return lut_linear_tiled(x, self.weight, self.lut, self.bias)
@@ -150,11 +150,10 @@ class GuidedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._tiled:
             destination[prefix + "weight"] = self.bit_planes()
-        if self.fusion is not None and self.fusion.ready:
-            # Views of one tensor; whoever writes files expects tensors of their own.
-            for name in ("lut", "bias"):
-                if prefix + name in destination:
-                    destination[prefix + name] = destination[prefix + name].clone()
+        lut = destination[prefix + "lut"]
+        if lut.untyped_storage().nbytes() != lut.nbytes:
+            # Part of a fusion's; whoever writes files expects tensors of their own.
+            destination[prefix + "lut"] = lut.clone()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self._tiled:

@@ -14,6 +14,8 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent = model.get_submodule(parent_name)
     old = getattr(parent, child)
     hook = getattr(old, "_hf_hook", None)
+    if isinstance(old, GuidedLinear) and old.fusion is not None:
+        old.fusion.dissolve()
     new.train(old.training)
     if hook is not None:
         remove_hook_from_module(old)

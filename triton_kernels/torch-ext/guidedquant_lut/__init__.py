@@ -1,6 +1,6 @@
 """Linear layers whose weights are a codebook per output row and a code per weight."""
 
-from .backend import backend_for, set_backend, settle
+from .backend import backend_for, requested_backend, set_backend, settle
 from .ops import OPS_NAMESPACE, lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled
 from .reference import pack_codes, unpack_codes, words_per_row
 from .tiles import TILE_ROWS, TILED_BITS, pack_tiles, unpack_tiles
@@ -16,6 +16,7 @@ __all__ = [
     "lut_linear_tiled",
     "pack_codes",
     "pack_tiles",
+    "requested_backend",
     "set_backend",
     "settle",
     "unpack_codes",

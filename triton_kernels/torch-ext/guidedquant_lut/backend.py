@@ -28,23 +28,28 @@ def set_backend(name: str) -> None:
         ValueError: No such backend.
     """
     global _requested
-    _requested = _checked(name)
-
-
-def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"There are no kernels {name!r}; choose one of {', '.join(BACKENDS)}.")
+    _requested = name
+
+
+def requested_backend() -> str:
+    """What was asked for, by :func:`set_backend` or else by the environment.
+
+    Raises:
+        ValueError: The environment variable names no backend.
+    """
+    if _requested is not None:
+        return _requested
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} is {name!r}; it must be one of {', '.join(BACKENDS)}.")
     return name
 
 
 def backend_for(device: torch.device) -> str:
     """The backend for tensors on ``device``: ``"tensor_core"``, ``"triton"`` or ``"torch"``."""
-    best = _best(device.type, device.index if device.index is not None else -1)
-    asked = _requested or _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
-    if asked == "auto":
-        return best
-    # BACKENDS is in the order of what they ask of a device.
-    return max(best, asked, key=BACKENDS.index)
+    return _choose(device.type, device.index if device.index is not None else -1, requested_backend())
 
 
 def settle(device: torch.device) -> None:
@@ -54,25 +59,26 @@ def settle(device: torch.device) -> None:
 
 
 @functools.cache
-def _best(device_type: str, index: int) -> str:
+def _choose(device_type: str, index: int, asked: str) -> str:
     device = torch.device(device_type, index) if index >= 0 else torch.device(device_type)
-    best, why = _examine(device)
-    if device_type != "cpu":
-        logger.info("Kernels on %s: %s (%s)", device, best, why)
-    return best
+    if asked == "torch" or device.type not in ("cuda", "xpu"):
+        choice, why = "torch", "as asked" if asked == "torch" else "no GPU"
+    else:
+        choice, why = _best(device, tensor_cores=asked != "triton")
+    if device.type in ("cuda", "xpu"):
+        logger.info("Kernels on %s: %s (%s)", device, choice, why)
+    return choice
 
 
-def _examine(device: torch.device) -> tuple[str, str]:
-    """What a device can run, and why."""
-    if device.type not in ("cuda", "xpu"):
-        return "torch", "no GPU"
+def _best(device: torch.device, tensor_cores: bool) -> tuple[str, str]:
+    """The best that a GPU can run, and why."""
     if importlib.util.find_spec("triton") is None:
         return "torch", "Triton is not installed"
     if device.type == "xpu" or torch.version.hip:
         return "triton", "not an NVIDIA GPU"
     capability = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)}, sm_{capability[0]}{capability[1]}"
-    if capability < (8, 0):
+    if not tensor_cores or capability < (8, 0):
         return "triton", name
     try:
         from .tensor_core import works

@@ -1,12 +1,10 @@
-"""How to launch the product: measured choices in `configs.json`, made by `benchmarks/tune_kernels.py`."""
+"""How to launch a product: the measured choices of `launch_table.py`, and a rule for what is not among them."""
 
 import functools
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
-CONFIGS_FILE = Path(__file__).with_name("configs.json")
+from .launch_table import CHOICES
 
 
 class Config(NamedTuple):
@@ -50,9 +48,8 @@ def _nearest(bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
 @functools.cache
 def table() -> dict[int, dict[int, dict[tuple[int, int], Config | None]]]:
     """Bits -> largest number of tokens -> (rows, inputs) -> launch parameters."""
-    content = json.loads(CONFIGS_FILE.read_text(encoding="utf-8"))
     result: dict[int, dict[int, dict[tuple[int, int], Config | None]]] = {}
-    for bits, tokens, rows, inputs, *config in content["choices"]:
+    for bits, tokens, rows, inputs, *config in CHOICES:
         shapes = result.setdefault(bits, {}).setdefault(tokens, {})
         shapes[rows, inputs] = Config(*config) if config else None
     return result

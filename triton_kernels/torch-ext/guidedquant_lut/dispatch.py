@@ -31,7 +31,7 @@ def dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype
 
 def linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ W.T + bias`` with the codes of W as tiles."""
-    if x.dtype in _TENSOR_CORE_DTYPES and x.numel() and backend_for(x.device) == "tensor_core":
+    if x.dtype in _TENSOR_CORE_DTYPES and x.numel() and tiles.numel() and backend_for(x.device) == "tensor_core":
         from . import tensor_core
 
         return tensor_core.linear(x, tiles, lut, bias)

@@ -89,8 +89,11 @@ def _define(
         if torch.is_autocast_enabled(x.device.type):
             # Autocast would change the product's dtype behind the schema's back.
             with torch.autocast(x.device.type, enabled=False):
-                return linear(x, weight, lut, bias)
-        return linear(x, weight, lut, bias)
+                result = linear(x, weight, lut, bias)
+        else:
+            result = linear(x, weight, lut, bias)
+        # torch's own product is a view of another result at times, and then could not be changed in place by its user.
+        return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
     def fake_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
         check_linear(x, weight, lut, bias)

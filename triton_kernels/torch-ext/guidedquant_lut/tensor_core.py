@@ -23,25 +23,28 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor
     """``x @ W.T + bias`` for fp16 and bf16 activations ``[..., K]``: ``[..., N]``."""
     rows, inputs = lut.shape[0], x.shape[-1]
     flat = x.reshape(-1, inputs)
-    y = x.new_empty(flat.shape[0], rows)
+    result = x.new_empty(*x.shape[:-1], rows)
+    y = result.view(-1, rows)
     config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     with _on(x.device):
         if config is None:
             linear_by_chunks(flat, tiles, lut, bias, y)
         else:
             launch_linear(_aligned(flat), tiles, lut, bias, y, config)
-    return y.view(*x.shape[:-1], rows)
+    return result
 
 
 def launch_linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
     """One launch. x ``[M, K]`` with aligned rows (:func:`_aligned`), y ``[M, N]`` contiguous."""
     lut, convert, converted = _codebook(lut, x.dtype)
+    converted = converted or not tiles.is_contiguous()
+    tiles = tiles.contiguous()
     tokens, rows, inputs = x.shape[0], lut.shape[0], x.shape[1]
     grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // (8 * config.token_tiles)))
-    # A codebook that was converted a moment ago must not be read ahead of the conversion's end.
+    # What was converted a moment ago must not be read ahead of the conversion's end.
     overlap = 0 if converted else config.overlap
     linear_kernel[grid](
-        x, tiles, lut, bias if bias is not None else lut, y, tokens, rows, inputs, x.stride(0) // 8,
+        x, tiles, lut, lut if bias is None else bias.contiguous(), y, tokens, rows, inputs, x.stride(0) // 8,
         BITS=tiles.shape[2] // 64, ROW_TILES=config.row_tiles, TOKEN_TILES=config.token_tiles, UNROLL=config.unroll,
         WARPS=config.warps, BF16=x.dtype == torch.bfloat16, CONVERT=convert, HAS_BIAS=bias is not None,
         EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=overlap, ASM=True,
@@ -60,6 +63,7 @@ def dequantize(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype)
 
 def _launch_dequantize(tiles: Tensor, lut: Tensor, dense: Tensor) -> None:
     lut, convert, _ = _codebook(lut, dense.dtype)
+    tiles = tiles.contiguous()
     warps = 4
     dequantize_kernel[(tiles.shape[0], -(-tiles.shape[1] // warps))](
         tiles, lut, dense.view(torch.int32), lut.shape[0], dense.shape[1], dense.shape[1] // 8,

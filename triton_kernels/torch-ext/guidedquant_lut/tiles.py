@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import pack_codes, unpack_codes
+from .reference import pack_codes, unpack_codes, words_per_row
 
 TILE_ROWS, TILE_INPUTS = 16, 128
 TILED_BITS = (2, 3, 4)
@@ -49,7 +49,7 @@ def pack_tiles(weight: Tensor, in_features: int) -> Tensor:
     bits, rows, _ = weight.shape
     shape = tiles_shape(bits, rows, in_features)
     tiles = torch.empty(shape, dtype=torch.int32, device=weight.device)
-    step = max(1, _CHUNK // (shape[1] * TILE_INPUTS * TILE_ROWS))
+    step = _tiles_at_once(shape[1])
     for start in range(0, shape[0], step):
         codes = unpack_codes(weight[:, start * TILE_ROWS : (start + step) * TILE_ROWS], in_features)
         here = min(step, shape[0] - start)
@@ -63,14 +63,21 @@ def pack_tiles(weight: Tensor, in_features: int) -> Tensor:
 def unpack_tiles(tiles: Tensor, rows: int, in_features: int) -> Tensor:
     """Inverse of :func:`pack_tiles`: the bit-planes int32 ``[bits, N, ceil(K / 32)]``."""
     bits = tiles.shape[2] // 64
-    planes = []
-    step = max(1, _CHUNK // (tiles.shape[1] * TILE_INPUTS * TILE_ROWS))
+    if in_features == 0:
+        return tiles.new_empty(bits, rows, 0)
+    planes = [tiles.new_empty(bits, 0, words_per_row(in_features))]
+    step = _tiles_at_once(tiles.shape[1])
     for start in range(0, tiles.shape[0], step):
         part = tiles[start : start + step]
         codes = _unpack_lanes(part, bits).view(*part.shape[:2], 8, 4, 2, 4, 8).permute(0, 4, 2, 1, 5, 3, 6)
         codes = codes.reshape(part.shape[0] * TILE_ROWS, -1)[: rows - start * TILE_ROWS, :in_features]
         planes.append(pack_codes(codes.to(torch.uint8), bits))
     return torch.cat(planes, dim=1)
+
+
+def _tiles_at_once(blocks: int) -> int:
+    """Row tiles of so many blocks to rearrange at a time."""
+    return max(1, _CHUNK // max(1, blocks * TILE_INPUTS * TILE_ROWS))
 
 
 def _pack_lanes(codes: Tensor, bits: int) -> Tensor:

@@ -38,7 +38,6 @@ def quantize(model: Any, config: GuidedQuantConfig | dict[str, Any]) -> Any:
         GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then.
         ValueError: ``HF_GUIDEDQUANT_KERNELS`` names no kernels. The model is unchanged.
     """
-    requested_backend()
     settings = GuidedQuantConfig(**config) if isinstance(config, dict) else config
     quantizer = GuidedQuantizer(settings, pre_quantized=False)
     quantizer.calibrate_and_swap(model)
@@ -55,12 +54,13 @@ class GuidedQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: GuidedQuantConfig, **kwargs: Any) -> None:
+        # A name of kernels that do not exist must not be noticed after hours of work.
+        requested_backend()
         # A copy, because quantization fills in the modules and the provenance.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # type: ignore[arg-type]
         self.quantization_config: GuidedQuantConfig
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        requested_backend()  # a name that does not exist must not be noticed after hours of work
         if self.pre_quantized:
             return
         pipeline.check_grad_mode()

@@ -83,13 +83,12 @@ def test_linear_against_float64_per_element(dtype, bits, tokens):
         assert_close_to_truth(lut_linear(x.clone().requires_grad_(), weight, lut, bias).detach(), x, dense, bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_batch_dimensions_and_strides_of_x(dtype):
-    codes, weight, lut = layer(3, 7, 45)
-    dense = dense64(codes, lut, dtype)
+def activations_of_all_shapes(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """``[..., 45]`` with various batch dimensions and strides."""
     base = activations(45, 6, 4, dtype=dtype)
-    cases = {
+    return {
         "vector": activations(45, dtype=dtype),
+        "strided-vector": activations(90, dtype=dtype)[::2],
         "four-dims": activations(2, 3, 1, 45, dtype=dtype),
         "no-tokens": activations(0, 45, dtype=dtype),
         "transposed": base[:, :, 0].mT,
@@ -98,7 +97,13 @@ def test_batch_dimensions_and_strides_of_x(dtype):
         "expanded": activations(45, dtype=dtype).expand(3, 2, 45),
         "offset": activations(4, 46, dtype=dtype)[:, 1:],
     }
-    for x in cases.values():
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_dimensions_and_strides_of_x(dtype):
+    codes, weight, lut = layer(3, 7, 45)
+    dense = dense64(codes, lut, dtype)
+    for x in activations_of_all_shapes(dtype).values():
         assert_close_to_truth(lut_linear(x, weight, lut), x, dense)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_ops import activations, assert_close_to_truth, dense64, layer
+from test_ops import activations, activations_of_all_shapes, assert_close_to_truth, dense64, layer
 
 pytest.importorskip("triton")
 from hf_guidedquant.triton_kernels import pack_codes, portable, reference
@@ -138,19 +138,7 @@ class TestPortable:
     def test_batch_dimensions_and_strides_of_x(self, dtype):
         codes, weight, lut = layer(3, 7, 45)
         dense = dense64(codes, lut, dtype)
-        base = activations(45, 6, 4, dtype=dtype)
-        cases = {
-            "vector": activations(45, dtype=dtype),
-            "strided-vector": activations(90, dtype=dtype)[::2],
-            "four-dims": activations(2, 3, 1, 45, dtype=dtype),
-            "no-tokens": activations(0, 45, dtype=dtype),
-            "transposed": base[:, :, 0].mT,
-            "permuted": base.permute(1, 2, 0),
-            "every-other": activations(4, 90, dtype=dtype)[:, ::2],
-            "expanded": activations(45, dtype=dtype).expand(3, 2, 45),
-            "offset": activations(4, 46, dtype=dtype)[:, 1:],
-        }
-        for x in cases.values():
+        for x in activations_of_all_shapes(dtype).values():
             assert_close_to_truth(lut_linear(x, weight, lut), x, dense)
 
     @pytest.mark.parametrize("tokens", [1, 3])

@@ -1,5 +1,6 @@
 """Which implementation runs: by what the device can do, or by what the user says."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -56,6 +57,14 @@ def settle(device: torch.device) -> None:
     """Wait until weights that were just written are there: kernels may fetch them before kernels ahead have ended."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    module = torch.get_device_module(device)
+    return contextlib.nullcontext() if device.index == module.current_device() else module.device(device)
 
 
 @functools.cache

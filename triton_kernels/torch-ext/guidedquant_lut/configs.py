@@ -17,6 +17,7 @@ class Config(NamedTuple):
     overlap: int  # with the kernels before and after: PDL of the kernel
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(capability: tuple[int, int], bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
     """The launch parameters for a product, or None if a dense matrix and a dense product are faster.
 
@@ -32,7 +33,6 @@ def choose(capability: tuple[int, int], bits: int, tokens: int, rows: int, input
     return config._replace(unroll=unroll, overlap=config.overlap if capability >= (9, 0) else 0)
 
 
-@functools.lru_cache(maxsize=4096)
 def _nearest(bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
     measured = table()[bits]
     count = next((count for count in sorted(measured) if count >= tokens), None)

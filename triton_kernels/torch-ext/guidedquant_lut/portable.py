@@ -3,7 +3,6 @@
 A CPU needs ``TRITON_INTERPRET=1`` in the environment before triton is first imported, and is slow.
 """
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .backend import launching_on
 from .reference import WORD_BITS
 
 _WARPS = 4
@@ -148,13 +148,6 @@ def _dense_kernel(
 INTERPRETED = not isinstance(_dense_kernel, triton.JITFunction)
 
 
-def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
-
-
 def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ dequantized.T + bias``, summed in fp32 and rounded once, the same bits at every call.
 
@@ -186,7 +179,7 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> T
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     meta = {"BITS": bits, "ROWS": tile.rows, "WORDS": tile.words, "num_warps": _WARPS, "num_stages": tile.stages}
     programs = triton.cdiv(tokens, tile.tokens) * triton.cdiv(rows, tile.rows)
-    with _on_device_of(x):
+    with launching_on(x.device):
         if tokens == 1:
             _vector_kernel[(programs,)](flat, weight, lut, bias, out, rows, inputs, *weight.stride(), **meta)
         else:
@@ -211,7 +204,7 @@ def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.d
         return out
     tile = Tile(1, 8)
     programs = triton.cdiv(rows, tile.rows) * triton.cdiv(in_features, tile.words * WORD_BITS)
-    with _on_device_of(weight):
+    with launching_on(weight.device):
         _dense_kernel[(programs,)](
             weight, lut.to(dtype).contiguous(), out, rows, in_features, *weight.stride(),
             BITS=bits, ROWS=tile.rows, WORDS=tile.words, num_warps=_WARPS,

@@ -286,8 +286,7 @@ def sum_warps(c, WARPS: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _sum_warps_plain(c, WARPS: tl.constexpr):
-    both = tl.join(tl.join(c[0], c[2]), tl.join(c[1], c[3]))  # [T, i / 2, i % 2]
-    total = tl.sum(tl.reshape(both, [WARPS, 128]), axis=0)
+    total = tl.sum(tl.reshape(join4(c[0], c[1], c[2], c[3]), [WARPS, 128]), axis=0)
     if WARPS == 2:
         return tl.split(tl.permute(tl.reshape(total, [2, 64]), (1, 0)))
     else:

@@ -101,6 +101,28 @@ def _multiply(
     return sums
 
 
+@triton.jit
+def _store_sums(
+    sums, first_row, first_token, bias_ptr, y_ptr, M, N, WARPS: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr
+):
+    """Add up what the warps have of 16 rows and 8 tokens, add the bias, and store."""
+    totals = sum_warps(sums, WARPS, ASM)
+    thread = tl.arange(0, 32 * WARPS)
+    for i in tl.static_range(len(totals)):
+        if WARPS == 1:
+            element = thread * 4 + i
+        else:
+            element = thread + i * (32 * WARPS)
+        # Sum 4 l + i is row l / 4 (+ 8 for i of 2 and 3) and token 2 (l % 4) (+ 1 for odd i).
+        row = first_row + element // 16 + 8 * (element // 2 % 2)
+        token = first_token + 2 * (element // 4 % 4) + element % 2
+        keep = (element < 128) & (row < N) & (token < M)
+        total = totals[i]
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + row, keep, 0).to(y_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(y_ptr + token.to(tl.int64) * N + row, total.to(y_ptr.dtype.element_ty), keep)
+
+
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_x8"])
 def linear_kernel(
     x_ptr, tiles_ptr, lut_ptr, bias_ptr, y_ptr, M, N, K, stride_x8,
@@ -177,20 +199,10 @@ def linear_kernel(
 
     for r in tl.static_range(ROW_TILES):
         for m in tl.static_range(TOKEN_TILES):
-            totals = sum_warps(sums[r * TOKEN_TILES + m], WARPS, ASM)
-            for i in tl.static_range(len(totals)):
-                if WARPS == 1:
-                    element = thread * 4 + i
-                else:
-                    element = thread + i * (32 * WARPS)
-                # Sum 4 l + i is row l / 4 (+ 8 for i of 2 and 3) and token 2 (l % 4) (+ 1 for odd i).
-                row = (first_tile + r) * 16 + element // 16 + 8 * (element // 2 % 2)
-                token = first_token + 8 * m + 2 * (element // 4 % 4) + element % 2
-                keep = (element < 128) & (row < N) & (token < M)
-                total = totals[i]
-                if HAS_BIAS:
-                    total += tl.load(bias_ptr + row, keep, 0).to(y_ptr.dtype.element_ty).to(tl.float32)
-                tl.store(y_ptr + token.to(tl.int64) * N + row, total.to(y_ptr.dtype.element_ty), keep)
+            _store_sums(
+                sums[r * TOKEN_TILES + m], (first_tile + r) * 16, first_token + 8 * m, bias_ptr, y_ptr, M, N,
+                WARPS, HAS_BIAS, ASM,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "K", "stride_8"])

@@ -17,7 +17,7 @@ from hf_guidedquant.triton_kernels import (
     set_backend,
     unpack_tiles,
 )
-from hf_guidedquant.triton_kernels.configs import Config, table
+from hf_guidedquant.triton_kernels.configs import Config, MatrixConfig, table
 
 pytestmark = pytest.mark.gpu
 OPS = getattr(torch.ops, OPS_NAMESPACE)
@@ -73,7 +73,7 @@ def _dense_products_in_fp32(monkeypatch):
 def test_many_tokens_go_through_dense_chunks(bits, dtype, monkeypatch):
     from hf_guidedquant.triton_kernels import tensor_core
 
-    monkeypatch.setattr(tensor_core, "_DENSE_CHUNK_BYTES", 3 * 16 * 2 * 1000)
+    monkeypatch.setattr(tensor_core, "_DENSE_ROWS", 48)
     for rows, inputs in ((160, 1000), (100, 1001)):
         x, tiles, lut, dense = problem(bits, rows, inputs, 1500, dtype)
         bias = torch.randn(rows, device="cuda", dtype=dtype)
@@ -93,17 +93,47 @@ def all_launches():
 
 
 def test_every_launch_in_the_table_writes_all_of_its_result_and_nothing_else():
-    from hf_guidedquant.triton_kernels.tensor_core import launch_linear
+    from hf_guidedquant.triton_kernels.tensor_core import launch
 
     for bits, config, tokens in all_launches():
         for rows, inputs in ((37, 264), (112, 128 * 8 * config.warps)):
             x, tiles, lut, dense = problem(bits, rows, inputs, tokens, torch.float16)
             frame = torch.full((tokens * rows + 4096,), torch.nan, device="cuda", dtype=torch.float16)
             y = frame[2048:-2048].view(tokens, rows)
-            launch_linear(x, tiles, lut, None, y, config)
+            launch(x, tiles, lut, None, y, config)
             assert_close_to_truth(y, x, dense)
             assert frame[:2048].isnan().all(), (bits, config)
             assert frame[-2048:].isnan().all(), (bits, config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", TILED_BITS)
+def test_matrix_kernel_against_float64(bits, dtype):
+    from hf_guidedquant.triton_kernels.tensor_core import launch
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("for Hopper")
+    configs = [
+        MatrixConfig(4, 16, 3, 1),
+        MatrixConfig(8, 32, 4, 2),
+        MatrixConfig(4, 64, 4, 16),
+        MatrixConfig(4, 128, 3, 3),
+    ]
+    for config in configs:
+        for rows, inputs in ((1, 8), (37, 200), (200, 1000), (136, 4096)):
+            for tokens in (1, 16, 33, 130):
+                x, tiles, lut, dense = problem(bits, rows, inputs, tokens, dtype)
+                bias = torch.randn(rows, device="cuda")
+                for given in (None, bias):
+                    frame = torch.full((tokens * rows + 4096,), torch.nan, device="cuda", dtype=dtype)
+                    y = frame[2048:-2048].view(tokens, rows)
+                    launch(x, tiles, lut, given, y, config)
+                    assert_close_to_truth(y, x, dense, given)
+                    assert frame[:2048].isnan().all()
+                    assert frame[-2048:].isnan().all()
+                again = torch.empty_like(y)
+                launch(x, tiles, lut, bias, again, config)
+                assert torch.equal(again, y)
 
 
 @pytest.mark.parametrize("inputs", [200, 203])
@@ -289,11 +319,11 @@ def test_the_self_test_notices_a_wrong_result(monkeypatch):
     from hf_guidedquant.triton_kernels import tensor_core
 
     assert tensor_core.works(torch.device("cuda:0"))
-    right = tensor_core.launch_linear
+    right = tensor_core.launch
 
     def wrong(x, tiles, lut, bias, y, config: Config):
         right(x, tiles, lut, bias, y, config)
         y[:, 8:16] = y[:, 8:16].flip(1)
 
-    monkeypatch.setattr(tensor_core, "launch_linear", wrong)
+    monkeypatch.setattr(tensor_core, "launch", wrong)
     assert not tensor_core.works(torch.device("cuda:0"))

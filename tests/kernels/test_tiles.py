@@ -22,7 +22,7 @@ from hf_guidedquant.triton_kernels import (
     tiles,
     unpack_tiles,
 )
-from hf_guidedquant.triton_kernels.configs import Config, choose, table
+from hf_guidedquant.triton_kernels.configs import MatrixConfig, VectorConfig, choose, table
 
 OPS = getattr(torch.ops, OPS_NAMESPACE)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -132,11 +132,12 @@ def test_the_table_has_a_launch_for_every_product_that_is_not_better_dense():
     for bits, counts in table().items():
         for count, shapes in counts.items():
             for shape, config in shapes.items():
-                if config is not None:
+                if isinstance(config, VectorConfig):
                     assert config.warps in (1, 2, 4, 8, 16), (bits, count, shape)
                     assert config.overlap in (0, 1, 2)
                 assert choose((9, 0), bits, count, *shape) is None or config is not None
                 older = choose((8, 0), bits, count, *shape)
+                assert not isinstance(older, MatrixConfig)  # wants more shared memory than some have
                 assert older is None or older.overlap == 0  # dependent launches exist from sm_90 on
 
 
@@ -150,19 +151,19 @@ def test_everything_below_in_a_process_with_the_interpreter():
     assert " passed" in done.stdout
 
 
-def interpreted_linear(x, weight, lut, bias, config: Config) -> torch.Tensor:
+def interpreted_linear(x, weight, lut, bias, config: VectorConfig) -> torch.Tensor:
     """The kernel's result in a frame of NaN, which must stay; x must be aligned."""
-    from hf_guidedquant.triton_kernels.tile_kernels import linear_kernel
+    from hf_guidedquant.triton_kernels.tile_kernels import vector_kernel
 
     tokens, (rows, inputs), bits = x.shape[0], (lut.shape[0], x.shape[1]), weight.shape[0]
     frame = torch.full((tokens * rows + 128,), float("nan"), dtype=x.dtype)
     y = frame[64:-64].view(tokens, rows)
     grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // (8 * config.token_tiles)))
-    linear_kernel[grid](
+    vector_kernel[grid](
         x, pack_tiles(weight, inputs), lut, lut if bias is None else bias, y, tokens, rows, inputs, x.stride(0) // 8,
         BITS=bits, ROW_TILES=config.row_tiles, TOKEN_TILES=config.token_tiles, UNROLL=config.unroll, WARPS=config.warps,
         BF16=x.dtype == torch.bfloat16, CONVERT=x.dtype != lut.dtype, HAS_BIAS=bias is not None,
-        EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=0, ASM=False,
+        EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=0, AHEAD=config.ahead, ASM=False,
     )  # fmt: skip
     assert frame[:64].isnan().all()
     assert frame[-64:].isnan().all()
@@ -170,17 +171,19 @@ def interpreted_linear(x, weight, lut, bias, config: Config) -> torch.Tensor:
 
 
 CASES = {
-    "one-tile": (2, 16, 128, 1, torch.float16, Config(1, 1, 1, 1, 0)),
-    "two-warps": (2, 20, 136, 3, torch.float16, Config(1, 1, 1, 2, 0)),
-    "more-warps-than-blocks": (2, 20, 264, 8, torch.float16, Config(1, 1, 1, 8, 0)),
-    "unrolled": (2, 33, 776, 1, torch.float16, Config(1, 1, 4, 1, 0)),
-    "even": (2, 16, 1024, 2, torch.float16, Config(1, 1, 2, 2, 0)),
-    "row-tiles": (2, 40, 264, 9, torch.float16, Config(2, 1, 1, 2, 0)),
-    "token-tiles": (2, 17, 264, 33, torch.float16, Config(1, 2, 1, 2, 0)),
-    "bfloat16": (2, 17, 264, 2, torch.bfloat16, Config(1, 1, 1, 4, 0)),
-    "3-bit": (3, 17, 200, 2, torch.float16, Config(1, 1, 1, 2, 0)),
-    "3-bit-tiles": (3, 40, 264, 12, torch.float16, Config(2, 2, 1, 1, 0)),
-    "4-bit": (4, 17, 136, 2, torch.float16, Config(1, 1, 1, 1, 0)),
+    "one-tile": (2, 16, 128, 1, torch.float16, VectorConfig(1, 1, 1, 1, 0, 0)),
+    "two-warps": (2, 20, 136, 3, torch.float16, VectorConfig(1, 1, 1, 2, 0, 0)),
+    "more-warps-than-blocks": (2, 20, 264, 8, torch.float16, VectorConfig(1, 1, 1, 8, 0, 0)),
+    "unrolled": (2, 33, 776, 1, torch.float16, VectorConfig(1, 1, 4, 1, 0, 0)),
+    "even": (2, 16, 1024, 2, torch.float16, VectorConfig(1, 1, 2, 2, 0, 0)),
+    "ahead": (3, 20, 1160, 3, torch.float16, VectorConfig(1, 1, 2, 2, 0, 1)),
+    "ahead-even": (2, 40, 1024, 17, torch.float16, VectorConfig(2, 2, 2, 1, 0, 1)),
+    "row-tiles": (2, 40, 264, 9, torch.float16, VectorConfig(2, 1, 1, 2, 0, 0)),
+    "token-tiles": (2, 17, 264, 33, torch.float16, VectorConfig(1, 2, 1, 2, 0, 0)),
+    "bfloat16": (2, 17, 264, 2, torch.bfloat16, VectorConfig(1, 1, 1, 4, 0, 0)),
+    "3-bit": (3, 17, 200, 2, torch.float16, VectorConfig(1, 1, 1, 2, 0, 0)),
+    "3-bit-tiles": (3, 40, 264, 12, torch.float16, VectorConfig(2, 2, 1, 1, 0, 0)),
+    "4-bit": (4, 17, 136, 2, torch.float16, VectorConfig(1, 1, 1, 1, 0, 0)),
 }
 
 
@@ -208,11 +211,42 @@ def test_interpreted_linear_against_float64(case, with_bias):
 
 
 @interpreter_only
+@pytest.mark.parametrize("bits", TILED_BITS)
+@pytest.mark.parametrize(
+    ("rows", "inputs", "tokens", "warps", "splits"),
+    [(20, 136, 17, 2, 1), (16, 128, 16, 1, 1), (70, 264, 5, 4, 2), (16, 520, 18, 1, 4)],
+)
+def test_interpreted_matrix_product_against_float64(rows, inputs, tokens, warps, splits, bits):
+    from hf_guidedquant.triton_kernels.tile_kernels import add_splits_kernel, matrix_kernel
+
+    for dtype, bias in ((torch.float16, None), (torch.float16, torch.randn(rows))):
+        codes, weight, lut = layer(bits, rows, inputs, dtype)
+        frame = torch.full((tokens + 1, inputs + 8), float("nan"), dtype=dtype)
+        x = frame[:tokens, :inputs].copy_(activations(tokens, inputs, dtype=dtype))
+        result = torch.full((tokens * rows + 128,), float("nan"), dtype=dtype)
+        y = result[64:-64].view(tokens, rows)
+        parts = torch.full((splits, tokens, rows), float("nan")) if splits > 1 else y
+        matrix_kernel[(-(-rows // (16 * warps)), -(-tokens // 16), splits)](
+            x, pack_tiles(weight, inputs), lut, lut if bias is None else bias, parts, tokens, rows, inputs,
+            x.stride(0) // 8, BITS=bits, TOKENS=16, WARPS=warps, STAGES=2, BF16=False, CONVERT=False,
+            HAS_BIAS=bias is not None and splits == 1, ASM=False,
+        )  # fmt: skip
+        if splits > 1:
+            add_splits_kernel[(-(-tokens * rows // 256),)](
+                parts, lut if bias is None else bias, y, tokens * rows, rows, splits,
+                HAS_BIAS=bias is not None, BLOCK=256,
+            )  # fmt: skip
+        assert result[:64].isnan().all()
+        assert result[-64:].isnan().all()
+        assert_close_to_truth(y, x, dense64(codes, lut, dtype), bias)
+
+
+@interpreter_only
 def test_interpreted_linear_converts_the_codebook():
     codes, weight, lut = layer(2, 16, 128)
     lut = lut.bfloat16().half()  # exact in both, so that the interpreter's truncation does not matter
     x = torch.eye(8, 128).bfloat16()
-    y = interpreted_linear(x, weight, lut, None, Config(1, 1, 1, 1, 0))
+    y = interpreted_linear(x, weight, lut, None, VectorConfig(1, 1, 1, 1, 0, 0))
     assert torch.equal(y.double(), dense64(codes, lut, torch.bfloat16)[:, :8].mT)
 
 

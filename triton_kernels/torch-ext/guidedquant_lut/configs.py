@@ -7,14 +7,27 @@ from typing import NamedTuple
 from .launch_table import CHOICES
 
 
-class Config(NamedTuple):
-    """Launch parameters of `linear_kernel`."""
+class VectorConfig(NamedTuple):
+    """Launch parameters of `vector_kernel`."""
 
     row_tiles: int  # 16 rows each, for every program
     token_tiles: int  # 8 tokens each, for every program
     unroll: int  # blocks of 128 inputs that a warp has under way
     warps: int  # that share out the inputs of a program's rows
     overlap: int  # with the kernels before and after: PDL of the kernel
+    ahead: int  # 1: activations are fetched a block of inputs ahead
+
+
+class MatrixConfig(NamedTuple):
+    """Launch parameters of `matrix_kernel`."""
+
+    warps: int  # 16 rows each
+    tokens: int  # for every program
+    stages: int  # blocks of 128 inputs under way
+    splits: int  # of the inputs
+
+
+Config = VectorConfig | MatrixConfig
 
 
 @functools.lru_cache(maxsize=4096)
@@ -22,27 +35,26 @@ def choose(capability: tuple[int, int], bits: int, tokens: int, rows: int, input
     """The launch parameters for a product, or None if a dense matrix and a dense product are faster.
 
     That of the measured shape which is nearest in log rows and log inputs, among those for as many tokens or the next
-    larger count measured. GPUs older than sm_90 cannot overlap kernels.
+    larger count measured. `matrix_kernel` is for Hopper alone; GPUs older than that cannot overlap kernels.
     """
-    config = _nearest(bits, tokens, rows, inputs)
-    if config is None:
-        return None
-    unroll = config.unroll
-    while unroll > 1 and config.warps * unroll * 128 >= 2 * inputs:
-        unroll //= 2
-    return config._replace(unroll=unroll, overlap=config.overlap if capability >= (9, 0) else 0)
-
-
-def _nearest(bits: int, tokens: int, rows: int, inputs: int) -> Config | None:
     measured = table()[bits]
     count = next((count for count in sorted(measured) if count >= tokens), None)
     if count is None:
         return None
-
-    def distance(shape: tuple[int, int]) -> float:
-        return abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / inputs))
-
-    return measured[count][min(measured[count], key=distance)]
+    shapes = {
+        shape: config
+        for shape, config in measured[count].items()
+        if capability[0] == 9 or not isinstance(config, MatrixConfig)
+    }
+    if not shapes:
+        return None
+    config = shapes[min(shapes, key=lambda s: abs(math.log(s[0] / rows)) + abs(math.log(s[1] / inputs)))]
+    if not isinstance(config, VectorConfig):
+        return config
+    unroll = config.unroll
+    while unroll > 1 and config.warps * unroll * 128 >= 2 * inputs:
+        unroll //= 2
+    return config._replace(unroll=unroll, overlap=config.overlap if capability >= (9, 0) else 0)
 
 
 @functools.cache
@@ -51,5 +63,6 @@ def table() -> dict[int, dict[int, dict[tuple[int, int], Config | None]]]:
     result: dict[int, dict[int, dict[tuple[int, int], Config | None]]] = {}
     for bits, tokens, rows, inputs, *config in CHOICES:
         shapes = result.setdefault(bits, {}).setdefault(tokens, {})
-        shapes[rows, inputs] = Config(*config) if config else None
+        kind = MatrixConfig if len(config) == len(MatrixConfig._fields) else VectorConfig
+        shapes[rows, inputs] = kind(*config) if config else None
     return result

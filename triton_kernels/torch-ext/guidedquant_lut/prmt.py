@@ -106,6 +106,43 @@ def join4(a, b, c, d):
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [a.shape[0], 4])
 
 
+# One register of two weights -> both.
+_HALVES = _constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@triton.jit
+def block_matrix(top, bottom, WARPS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """The decoded tiles of all warps, 16 registers a row and lane, as the matrix ``[16 * WARPS, 128]``.
+
+    Register 4 p + j of lane 4 g + t holds the inputs 32 p + 8 t + 2 j and the next; a join adds the fastest dimension.
+    """
+    rows = ()
+    for i in tl.static_range(16):
+        rows = rows + (tl.join(top[i], bottom[i]),)
+    upper_p = ()
+    for i in tl.static_range(8):
+        upper_p = upper_p + (tl.join(rows[i], rows[i + 8]),)
+    lower_p = ()
+    for i in tl.static_range(4):
+        lower_p = lower_p + (tl.join(upper_p[i], upper_p[i + 4]),)
+    pairs = tl.join(tl.join(lower_p[0], lower_p[2]), tl.join(lower_p[1], lower_p[3]))
+    pairs = tl.permute(tl.reshape(pairs, [WARPS, 8, 4, 2, 4, 4]), (0, 3, 1, 4, 2, 5))  # warp, half, g, p, t, j
+    pairs = tl.reshape(pairs, [16 * WARPS, 64])
+    if not ASM:
+        dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        even = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+        odd = ((pairs >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    elif BF16:
+        even, odd = tl.inline_asm_elementwise(
+            _HALVES, "=h,=h,r", [pairs], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
+        )
+    else:
+        even, odd = tl.inline_asm_elementwise(
+            _HALVES, "=h,=h,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+        )
+    return tl.reshape(tl.join(even, odd), [16 * WARPS, 128])
+
+
 @triton.jit
 def to_bf16(pair, ASM: tl.constexpr):
     """Two fp16 in an int32 -> the two bf16 next to them."""

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import launching_on
-from .configs import Config, choose
+from .configs import Config, MatrixConfig, VectorConfig, choose
 from .reference import lut_dequantize, pack_codes
-from .tile_kernels import dequantize_kernel, linear_kernel
+from .tile_kernels import add_splits_kernel, dequantize_kernel, matrix_kernel, vector_kernel
 from .tiles import pack_tiles
 
 logger = logging.getLogger(__name__)
 
-# Dense rows to expand at a time, beside many tokens.
-_DENSE_CHUNK_BYTES = 256 << 20
+# Rows to expand at a time, beside many tokens: enough for a good dense product, and most of them still in the L2 then.
+_DENSE_ROWS = 4096
 
 
 def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
@@ -30,12 +30,19 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor
         if config is None:
             linear_by_chunks(flat, tiles, lut, bias, y)
         else:
-            launch_linear(_aligned(flat), tiles, lut, bias, y, config)
+            launch(_aligned(flat), tiles, lut, bias, y, config)
     return result
 
 
-def launch_linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
-    """One launch. x ``[M, K]`` with aligned rows (:func:`_aligned`), y ``[M, N]`` contiguous."""
+def launch(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
+    """Compute y ``[M, N]``, contiguous, from x ``[M, K]`` with aligned rows (:func:`_aligned`)."""
+    if isinstance(config, MatrixConfig):
+        _launch_matrix(x, tiles, lut, bias, y, config)
+    else:
+        _launch_vector(x, tiles, lut, bias, y, config)
+
+
+def _launch_vector(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: VectorConfig) -> None:
     lut, convert, converted = _codebook(lut, x.dtype)
     converted = converted or not tiles.is_contiguous()
     tiles = tiles.contiguous()
@@ -43,13 +50,32 @@ def launch_linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y:
     grid = (-(-rows // (16 * config.row_tiles)), -(-tokens // (8 * config.token_tiles)))
     # What was converted a moment ago must not be read ahead of the conversion's end.
     overlap = 0 if converted else config.overlap
-    linear_kernel[grid](
+    vector_kernel[grid](
         x, tiles, lut, lut if bias is None else bias.contiguous(), y, tokens, rows, inputs, x.stride(0) // 8,
         BITS=tiles.shape[2] // 64, ROW_TILES=config.row_tiles, TOKEN_TILES=config.token_tiles, UNROLL=config.unroll,
         WARPS=config.warps, BF16=x.dtype == torch.bfloat16, CONVERT=convert, HAS_BIAS=bias is not None,
-        EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=overlap, ASM=True,
+        EVEN=inputs % (128 * config.warps * config.unroll) == 0, PDL=overlap,
+        AHEAD=config.ahead, ASM=True,
         num_warps=config.warps, launch_pdl=overlap > 0,
     )  # fmt: skip
+
+
+def _launch_matrix(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: MatrixConfig) -> None:
+    lut, convert, _ = _codebook(lut, x.dtype)
+    tokens, rows, inputs = x.shape[0], lut.shape[0], x.shape[1]
+    split = config.splits > 1
+    parts = torch.empty(config.splits, tokens, rows, device=x.device) if split else y
+    bias_or_any = lut if bias is None else bias.contiguous()
+    matrix_kernel[(-(-rows // (16 * config.warps)), -(-tokens // config.tokens), config.splits)](
+        x, tiles.contiguous(), lut, bias_or_any, parts, tokens, rows, inputs, x.stride(0) // 8,
+        BITS=tiles.shape[2] // 64, TOKENS=config.tokens, WARPS=config.warps, STAGES=config.stages,
+        BF16=x.dtype == torch.bfloat16, CONVERT=convert, HAS_BIAS=bias is not None and not split, ASM=True,
+        num_warps=config.warps,
+    )  # fmt: skip
+    if split:
+        add_splits_kernel[(-(-tokens * rows // 1024),)](
+            parts, bias_or_any, y, tokens * rows, rows, config.splits, HAS_BIAS=bias is not None, BLOCK=1024
+        )
 
 
 def dequantize(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -75,8 +101,7 @@ def linear_by_chunks(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None,
     """Expand some rows and multiply them with a dense product, over and over in one buffer."""
     padded = -(-x.shape[1] // 8) * 8
     x = F.pad(x, (0, padded - x.shape[1])) if padded != x.shape[1] else x
-    tile_bytes = 16 * padded * x.element_size()
-    step = min(tiles.shape[0], max(1, _DENSE_CHUNK_BYTES // tile_bytes))
+    step = min(tiles.shape[0], _DENSE_ROWS // 16)
     buffer = torch.empty(16 * step, padded, dtype=x.dtype, device=x.device)
     for start in range(0, tiles.shape[0], step):
         rows = slice(16 * start, min(16 * (start + step), lut.shape[0]))
@@ -124,7 +149,7 @@ def works(device: torch.device) -> bool:
             x = torch.linspace(-1, 1, 3 * 1024, device=device, dtype=torch.float16).sin().view(3, 1024)
             y = torch.full((3, 32), torch.nan, device=device, dtype=torch.float16)
             tiles = pack_tiles(weight, 1024)
-            launch_linear(x, tiles, lut, None, y, Config(1, 1, 1, 4, 0))
+            launch(x, tiles, lut, None, y, VectorConfig(1, 1, 1, 4, 0, 0))
             dense = lut_dequantize(weight, lut, 1024, torch.float16)
             expected, bound = x.double() @ dense.double().mT, x.double().abs() @ dense.double().abs().mT
             # The result is rounded to fp16 (twice what that may cost), the sum of 1024 products to fp32 at every step.

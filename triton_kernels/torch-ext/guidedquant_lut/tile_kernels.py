@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .prmt import decode_row, join4, mma, split4, sum_warps, tables, to_bf16
+from .prmt import block_matrix, decode_row, join4, mma, split4, sum_warps, tables, to_bf16
 
 
 @triton.jit
@@ -73,32 +73,52 @@ def _load_inputs(token_ptr, live, block, p: tl.constexpr, warp, quad, K, EVEN: t
 
 
 @triton.jit
+def _load_block(tokens, live, block, warp, quad, K, TOKEN_TILES: tl.constexpr, EVEN: tl.constexpr):
+    """The activations of 128 inputs: those of part p of token tile m are item p * TOKEN_TILES + m."""
+    inputs = ()
+    for p in tl.static_range(4):
+        for m in tl.static_range(TOKEN_TILES):
+            inputs = inputs + (_load_inputs(tokens[m], live[m], block, p, warp, quad, K, EVEN),)
+    return inputs
+
+
+@triton.jit
 def _multiply(
-    sums, words, top, bottom, tokens, live, step, warp, quad, K,
+    sums, words, inputs, top, bottom, tokens, live, step, warp, quad, K,
     BITS: tl.constexpr, ROW_TILES: tl.constexpr, TOKEN_TILES: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
-    BF16: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr,
+    BF16: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Decode the words of a step and add their products with the activations to the sums."""
+    """Decode the words of a step and add their products with the activations to the sums.
+
+    AHEAD: ``inputs`` are the activations of the step's first block; returned are those of the next step's.
+    """
     for u in tl.static_range(UNROLL):
+        following = inputs
+        if AHEAD and not (LAST and u == UNROLL - 1):
+            following = _load_block(tokens, live, step + (u + 1) * WARPS, warp, quad, K, TOKEN_TILES, EVEN)
         weights = ()
         for r in tl.static_range(ROW_TILES):
             upper, lower = words[u * ROW_TILES + r]
             weights = weights + ((decode_row(upper, top[r], BITS, ASM), decode_row(lower, bottom[r], BITS, ASM)),)
         for p in tl.static_range(4):
-            inputs = ()
+            part = ()
             for m in tl.static_range(TOKEN_TILES):
-                inputs = inputs + (_load_inputs(tokens[m], live[m], step + u * WARPS, p, warp, quad, K, EVEN),)
+                if AHEAD:
+                    part = part + (inputs[p * TOKEN_TILES + m],)
+                else:
+                    part = part + (_load_inputs(tokens[m], live[m], step + u * WARPS, p, warp, quad, K, EVEN),)
             new = ()
             for r in tl.static_range(ROW_TILES):
                 a, b = weights[r]
                 for m in tl.static_range(TOKEN_TILES):
                     c = sums[r * TOKEN_TILES + m]
-                    x = inputs[m]
+                    x = part[m]
                     c = mma(a[4 * p], b[4 * p], a[4 * p + 1], b[4 * p + 1], x[0], x[1], c, BF16, ASM)
                     c = mma(a[4 * p + 2], b[4 * p + 2], a[4 * p + 3], b[4 * p + 3], x[2], x[3], c, BF16, ASM)
                     new = new + (c,)
             sums = new
-    return sums
+        inputs = following
+    return sums, inputs
 
 
 @triton.jit
@@ -124,11 +144,11 @@ def _store_sums(
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "stride_x8"])
-def linear_kernel(
+def vector_kernel(
     x_ptr, tiles_ptr, lut_ptr, bias_ptr, y_ptr, M, N, K, stride_x8,
     BITS: tl.constexpr, ROW_TILES: tl.constexpr, TOKEN_TILES: tl.constexpr, UNROLL: tl.constexpr, WARPS: tl.constexpr,
     BF16: tl.constexpr, CONVERT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    ASM: tl.constexpr,
+    AHEAD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """``y[M, N] = x[M, K] @ W.T + bias``.
 
@@ -142,6 +162,7 @@ def linear_kernel(
         EVEN: K is a multiple of ``128 * WARPS * UNROLL``: nothing needs a mask.
         PDL: The weights are fetched while the kernel before still runs, and the kernel after may begin to do so when
             this one begins (1) or ends its loop (2). 0: never.
+        AHEAD: Activations are fetched a block of inputs ahead, in more registers.
         ASM: See prmt.py.
     """
     thread = tl.arange(0, 32 * WARPS)
@@ -181,20 +202,23 @@ def linear_kernel(
     if PDL > 0:
         # The activations, unlike the weights, may come from the kernel before.
         gdc_wait()
+    inputs = ()
+    if AHEAD:
+        inputs = _load_block(tokens, live, 0, warp, quad, K, TOKEN_TILES, EVEN)
 
     last = (tl.cdiv(blocks, WARPS * UNROLL) - 1) * (WARPS * UNROLL)
     for step in range(0, last, WARPS * UNROLL):
         ahead = _load_tiles(tiles, lane, warp, blocks, step + WARPS * UNROLL, BITS, ROW_TILES, UNROLL, WARPS, EVEN)
-        sums = _multiply(
-            sums, words, top, bottom, tokens, live, step, warp, quad, K,
-            BITS, ROW_TILES, TOKEN_TILES, UNROLL, WARPS, BF16, EVEN, ASM,
+        sums, inputs = _multiply(
+            sums, words, inputs, top, bottom, tokens, live, step, warp, quad, K,
+            BITS, ROW_TILES, TOKEN_TILES, UNROLL, WARPS, BF16, EVEN, AHEAD, False, ASM,
         )  # fmt: skip
         words = ahead
     if PDL == 2:
         gdc_launch_dependents()
-    sums = _multiply(
-        sums, words, top, bottom, tokens, live, last, warp, quad, K,
-        BITS, ROW_TILES, TOKEN_TILES, UNROLL, WARPS, BF16, EVEN, ASM,
+    sums, inputs = _multiply(
+        sums, words, inputs, top, bottom, tokens, live, last, warp, quad, K,
+        BITS, ROW_TILES, TOKEN_TILES, UNROLL, WARPS, BF16, EVEN, AHEAD, True, ASM,
     )  # fmt: skip
 
     for r in tl.static_range(ROW_TILES):
@@ -203,6 +227,75 @@ def linear_kernel(
                 sums[r * TOKEN_TILES + m], (first_tile + r) * 16, first_token + 8 * m, bias_ptr, y_ptr, M, N,
                 WARPS, HAS_BIAS, ASM,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "N", "K", "stride_x8"])
+def matrix_kernel(
+    x_ptr, tiles_ptr, lut_ptr, bias_ptr, y_ptr, M, N, K, stride_x8,
+    BITS: tl.constexpr, TOKENS: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr, BF16: tl.constexpr,
+    CONVERT: tl.constexpr, HAS_BIAS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """``y[splits, M, N]``, which add up to ``x[M, K] @ W.T + bias``, for many tokens.
+
+    A program takes 16 WARPS rows, TOKENS tokens and its split of the blocks of 128 inputs. Every warp decodes one tile
+    of a block; decoded, the tiles are the first operand of a dot whose second is a block of activations, fetched STAGES
+    ahead. Arguments as those of :func:`vector_kernel`; for several splits y is fp32.
+    """
+    thread = tl.arange(0, 32 * WARPS)
+    lane, warp = thread % 32, thread // 32
+    group = lane // 4
+    blocks = tl.cdiv(K, 128)
+    share = tl.cdiv(blocks, tl.num_programs(2))
+    begin = tl.program_id(2) * share
+    end = tl.minimum(begin + share, blocks)
+    first_row = tl.program_id(0) * (16 * WARPS)
+    # A tile past the last one repeats it; its rows are never stored.
+    tile = tl.minimum(tl.program_id(0) * WARPS + warp, tl.cdiv(N, 16) - 1)
+    row = tile * 16 + group
+    top = _load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM)
+    bottom = _load_codebook(lut_ptr, tl.minimum(row + 8, N - 1), BITS, CONVERT, ASM)
+    # A split without blocks has a tile to read nevertheless.
+    tile_ptr = tiles_ptr + (tile.to(tl.int64) * blocks + tl.minimum(begin, blocks - 1)) * (64 * BITS)
+    words = _load_tile(tile_ptr, lane, lane >= 0, BITS, True)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    k = tl.arange(0, 128)
+    x_ptrs = x_ptr + (tl.minimum(token, M - 1).to(tl.int64) * (stride_x8 * 8))[None, :] + k[:, None]
+    sums = tl.zeros([16 * WARPS, TOKENS], tl.float32)
+    for block in tl.range(begin, end, num_stages=STAGES):
+        # The last block is fetched again instead of one past the end.
+        tile_ptr += tl.where(block + 1 < end, 64 * BITS, 0)
+        ahead = _load_tile(tile_ptr, lane, lane >= 0, BITS, True)
+        upper, lower = decode_row(words[0], top, BITS, ASM), decode_row(words[1], bottom, BITS, ASM)
+        weights = block_matrix(upper, lower, WARPS, BF16, ASM)
+        # K is a multiple of 8: the compiler must see that, to fetch 16 bytes at a time.
+        x = tl.load(x_ptrs + block * 128, (block * 16 + k // 8 < K // 8)[:, None], 0)
+        if ASM:
+            sums = tl.dot(weights, x, sums)
+        else:
+            # The interpreter's dot is wrong for bf16.
+            sums += tl.dot(weights.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+        words = ahead
+    rows = first_row + tl.arange(0, 16 * WARPS)
+    keep = (token < M)[None, :] & (rows < N)[:, None]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + rows, rows < N, 0).to(y_ptr.dtype.element_ty).to(tl.float32)[:, None]
+    target = y_ptr + (tl.program_id(2) * M + token).to(tl.int64)[None, :] * N + rows[:, None]
+    tl.store(target, sums.to(y_ptr.dtype.element_ty), keep)
+
+
+@triton.jit(do_not_specialize=["SIZE", "N", "SPLITS"])
+def add_splits_kernel(parts_ptr, bias_ptr, y_ptr, SIZE, N, SPLITS, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """``y[SIZE] = parts[SPLITS, SIZE].sum(0) + bias``, in order; SIZE is M N."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = element < SIZE
+    total = tl.zeros([BLOCK], tl.float32)
+    part = parts_ptr + element
+    for _ in range(SPLITS):
+        total += tl.load(part, keep, 0)
+        part += SIZE
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + element % N, keep, 0).to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), keep)
 
 
 @triton.jit(do_not_specialize=["N", "K", "stride_8"])

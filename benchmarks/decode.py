@@ -141,8 +141,7 @@ def main() -> None:
                 )
                 graphed_decode.release(model)
                 torch.compiler.reset()
-                if hasattr(model, "_compiled_call"):
-                    model._compiled_call = None
+                model.__dict__.pop("_compiled_call", None)
                 gc.collect()
                 torch.cuda.empty_cache()
                 if options.output:

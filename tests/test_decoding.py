@@ -18,11 +18,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.decoding import GraphedDecode, capture
+from hf_guidedquant.decoding import GraphedDecode, attention, capture
 from hf_guidedquant.errors import DecodingError
+from hf_guidedquant.triton_kernels import decode_attention
 
 PROMPT = torch.arange(2, 10)[None]
 ARCHITECTURES = ["llama", "qwen3", "gemma3", "gpt2"]
@@ -451,6 +453,49 @@ def test_a_changed_model_is_noticed(change, model):
     facts = capture.model_facts(model)
     change(model)
     assert capture.model_facts(model) != facts
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Lets the step use the attention that it uses on GPUs, in fp32, and collects the numbers of queries it is for."""
+    queries = []
+
+    def counted(query, *args):
+        queries.append(query.shape[2])
+        return decode_attention(query, *args)
+
+    monkeypatch.setattr(attention, "backend_for", lambda device: "triton")
+    monkeypatch.setattr(attention, "decode_attention", counted)
+    monkeypatch.setattr(attention, "_DTYPES", (torch.float32,))
+    return queries
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_step_attends_by_itself_and_the_model_does_not_notice(architecture, graphed, attended):
+    model = prepared(architecture)
+    plain, ours = both(model, graphed, **padded_batch(), max_new_tokens=30)
+    assert torch.equal(plain, ours)
+    assert len(attended) == 29 * model.config.num_hidden_layers
+    assert model.config._attn_implementation == "sdpa"
+    before = len(attended)
+    model.generate(PROMPT, max_new_tokens=3)
+    model.set_attn_implementation("eager")
+    both(model, graphed, inputs=PROMPT)
+    assert len(attended) == before
+
+
+def test_attention_that_the_kernel_does_not_know_is_that_of_sdpa(attended):
+    module = torch.nn.Module()
+    query, key, value = (torch.randn(2, 4, n, 16) for n in (1, 6, 6))
+    for arguments in (
+        {"attention_mask": torch.randn(2, 1, 1, 6)},
+        {"attention_mask": torch.rand(2, 4, 1, 6) > 0.3},
+        {"attention_mask": None, "position_bias": torch.randn(2, 4, 1, 6)},
+    ):
+        ours, _ = attention.decode_attention_forward(module, query, key, value, **arguments)
+        theirs, _ = sdpa_attention_forward(module, query, key, value, **arguments)
+        assert torch.equal(ours, theirs)
+    assert not attended
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ def problem(bits, rows, inputs, tokens, dtype, lut_dtype=torch.float16, scale=1.
     return x, pack_tiles(weight, inputs), lut, lut_dequantize(weight, lut, inputs, dtype).double()
 
 
+@pytest.mark.usefixtures("_dense_products_in_fp32")
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", TILED_BITS)

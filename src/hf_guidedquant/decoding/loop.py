@@ -23,9 +23,10 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ..errors import DecodingError
+from .cache import share_column, static_cache
 from .processors import settings as processor_settings
 from .step import DecodeStep, Report, StepSettings
-from .support import check_mode, check_outputs, obstacle, static_cache
+from .support import check_mode, check_outputs, obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,7 @@ def _start(
 ) -> None:
     """Read the prompt, choose the first token, and set the step's inputs for the second."""
     device = step.output.device
+    share_column(step.cache, None)
     step.cache.reset()
     model_kwargs = model_kwargs | {"past_key_values": step.cache}
     outputs = model._prefill(input_ids, generation_config, model_kwargs)

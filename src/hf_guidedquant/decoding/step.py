@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor
 
+from .attention import attention_for_decoding
+from .cache import share_column
 from .capture import Compiled, Replay, facts, model_facts
 from .processors import ScoresOnly, captured, token_mask
+
+_ARGMAX_WIDTH = 128
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,9 @@ class DecodeStep:
             stop_ids: Tokens that end a row.
             pad_id: The token that follows them.
         """
-        inputs = dict(inputs)
-        if (mask := inputs.get("attention_mask")) is not None:
-            self._column.fill_(mask.shape[1] - 1)
-            inputs["attention_mask"] = nn.functional.pad(mask, (0, self.output.shape[1] - mask.shape[1]))
+        mask = inputs["attention_mask"]
+        self._column.fill_(mask.shape[1] - 1)
+        inputs = inputs | {"attention_mask": nn.functional.pad(mask, (0, self.output.shape[1] - mask.shape[1]))}
         layout = facts(inputs, lambda tensor: (tensor.shape, tensor.dtype))
         # The weights may have been replaced since the last call, or the vocabulary resized.
         current = (layout, logits.shape, model_facts(model))
@@ -102,6 +105,7 @@ class DecodeStep:
             ours.start(theirs, prompt)
         self._stops.copy_(token_mask(stop_ids, self._stops))
         self._pad.copy_(pad_id)
+        share_column(self.cache, self._column)
         self._generated.zero_()
         self._unfinished.fill_(True)
         self._choose(logits.float())
@@ -142,11 +146,11 @@ class DecodeStep:
 
     def _advance(self, model: nn.Module) -> None:
         """The step itself."""
-        scores = self._forward(model, self._inputs)
+        with attention_for_decoding(model):
+            scores = self._forward(model, self._inputs)
         if "position_ids" in self._inputs:
             self._inputs["position_ids"].add_(1)
-        if "attention_mask" in self._inputs:
-            self._inputs["attention_mask"].index_fill_(1, self._column.add_(1), 1)
+        self._inputs["attention_mask"].index_fill_(1, self._column.add_(1), 1)
         self._choose(scores)
 
     def _choose(self, scores: Tensor) -> None:
@@ -157,7 +161,7 @@ class DecodeStep:
             probabilities = scores.softmax(dim=-1)
             # The largest p / e with e ~ Exp(1) is a draw from p. torch.multinomial would make the host wait.
             scores = probabilities / torch.empty_like(probabilities).exponential_()
-        tokens = scores.argmax(dim=-1)
+        tokens = _argmax(scores)
         for process in self._processors:
             process.observe(tokens)
         stopped = self._stops[tokens]
@@ -174,6 +178,16 @@ class DecodeStep:
 def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """Scores of the next token in fp32, ``[batch, vocabulary]``."""
     return model(**inputs, return_dict=True).logits[:, -1].float()
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """``scores.argmax(dim=-1)``, faster: torch gives a long row to one program."""
+    batch_size, size = scores.shape
+    if size % _ARGMAX_WIDTH:
+        return scores.argmax(dim=-1)
+    largest, columns = scores.view(batch_size, -1, _ARGMAX_WIDTH).max(dim=-1)
+    part = largest.argmax(dim=-1, keepdim=True)
+    return (part * _ARGMAX_WIDTH + columns.gather(1, part)).squeeze(1)
 
 
 __all__ = ["DecodeStep", "Report", "StepSettings"]

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
-from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from transformers.generation import GenerationMode
 
 from ..errors import DecodingError
+from .cache import static_cache
 
 # Layers of a static cache that count their tokens on the device.
 _STATIC_LAYERS = {
+    "DecodeLayer",
     "DummyLayer",
     "LinearAttentionAndStaticFullAttentionLayer",
     "LinearAttentionLayer",
     "StaticIndexedLayer",
-    "StaticLayer",
 }
 _OTHER_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -68,17 +68,6 @@ def obstacle(model: Any, cache: Any) -> str | None:
     return None
 
 
-def static_cache(model: Any, length: int) -> StaticCache:
-    """A static cache whose layers hold all tokens.
-
-    Those that hold no more than a sliding window count in Python, so they cannot be captured. The window itself is the
-    attention mask's concern in any case.
-    """
-    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
-    cache.layers = [StaticLayer(length) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers]
-    return cache
-
-
 def _rope_types(model: nn.Module) -> Iterator[str]:
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
@@ -88,4 +77,4 @@ def _rope_types(model: nn.Module) -> Iterator[str]:
             yield kind
 
 
-__all__ = ["check_mode", "check_outputs", "obstacle", "static_cache"]
+__all__ = ["check_mode", "check_outputs", "obstacle"]

@@ -1,7 +1,7 @@
 """Linear layers whose weights are a codebook per output row and a code per weight."""
 
 from .backend import backend_for, requested_backend, set_backend, settle
-from .ops import OPS_NAMESPACE, lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled
+from .ops import OPS_NAMESPACE, decode_attention, lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled
 from .reference import pack_codes, unpack_codes, words_per_row
 from .tiles import TILE_ROWS, TILED_BITS, pack_tiles, unpack_tiles
 
@@ -10,6 +10,7 @@ __all__ = [
     "TILED_BITS",
     "TILE_ROWS",
     "backend_for",
+    "decode_attention",
     "lut_dequantize",
     "lut_dequantize_tiled",
     "lut_linear",

@@ -49,3 +49,14 @@ def dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.
         if lut.dtype in _TENSOR_CORE_DTYPES:
             return tensor_core.dequantize(tiles, lut, in_features, lut.dtype).to(dtype)
     return dequantize(unpack_tiles(tiles, lut.shape[0], in_features), lut, in_features, dtype)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per row."""
+    if query.dtype in _TENSOR_CORE_DTYPES and query.numel() and backend_for(query.device) != "torch":
+        from . import attention
+
+        return attention.decode_attention(query, key, value, mask, scale)
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )

@@ -2,6 +2,7 @@
 
 Two layouts of the codes have a product and a dense matrix each: bit-planes, as checkpoints hold them (``lut_linear``,
 ``lut_dequantize``), and tiles, as the tensor-core kernels read them (``lut_linear_tiled``, ``lut_dequantize_tiled``).
+``decode_attention`` is what else of a decoding step took long.
 """
 
 from collections.abc import Callable
@@ -136,6 +137,14 @@ def _define(
 _define("", _check_planes, dispatch.linear, dispatch.dequantize)
 _define("_tiled", _check_tiles, dispatch.linear_tiled, dispatch.dequantize_tiled)
 
+_library.define("decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor")
+_library.impl("decode_attention", dispatch.decode_attention, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(f"{OPS_NAMESPACE}::decode_attention", lib=_library)
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
 
 def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply activations with a quantized matrix.
@@ -168,6 +177,23 @@ def lut_linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None 
 def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """The dense matrix ``[N, in_features]`` in ``dtype``, on the device of ``weight``."""
     return _ops.lut_dequantize(weight, lut, in_features, dtype)
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query per row, without gradient: ``softmax(scale * query @ key.T, where mask) @ value``.
+
+    Args:
+        query: ``[batch, heads, 1, K]``.
+        key, value: ``[batch, key heads, length, K]`` and ``[batch, key heads, length, V]``; heads are a multiple of
+            key heads, and neighbouring ones share keys.
+        mask: bool, broadcastable to ``[batch, 1, 1, length]``, or None. What it excludes is not read by the Triton
+            kernel; a row without any True is undefined.
+        scale: Of the scores.
+
+    Returns:
+        ``[batch, heads, 1, V]`` in query's dtype.
+    """
+    return _ops.decode_attention(query, key, value, mask, scale)
 
 
 def lut_dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,9 @@ class Compiled:
         self._function: Callable[..., Any] = function
         # A code object of its own: torch.compile keeps its results there, few per code object, and frees them with it.
         copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        self._compiled: Callable[..., Any] | None = torch.compile(copy, fullgraph=True, dynamic=False)
+        # Combined, small independent kernels (rotating queries and keys, filling the cache) are one launch.
+        options: dict[str, Any] = {"combo_kernels": True}
+        self._compiled: Callable[..., Any] | None = torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is not None:

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from conftest import tiny_model, token_rows
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_guidedquant.calibration import LayerStatistics, collect
-from hf_guidedquant.calibration.collector import group_means
+from hf_guidedquant.calibration import LayerStatistics, collect, collector, gram
+from hf_guidedquant.calibration.collector import token_weights
 from hf_guidedquant.errors import CalibrationError, ModelError
 from hf_guidedquant.linears import dense_weight, is_linear
 
@@ -120,10 +120,38 @@ def test_the_model_is_left_as_it_was(llama, rows):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
 
 
-def test_group_means_with_a_shorter_last_group():
-    squared = torch.tensor([[1.0, 3.0, 5.0, 7.0, 11.0]])
-    assert group_means(squared, 2).tolist() == [[3.0, 9.0]]
-    assert group_means(squared, 1).tolist() == [[squared.mean().item()]]
+def test_token_weights_with_a_shorter_last_group():
+    grad = torch.tensor([[1.0, -2.0, 2.0, 4.0, 3.0]])
+    # Of three and of two squares; each is a root, a division and a square of fp32.
+    torch.testing.assert_close(token_weights(grad, 2), torch.tensor([[3.0, 12.5]]), rtol=4 * EPS32, atol=0)
+    torch.testing.assert_close(token_weights(grad, 1), torch.tensor([[6.8]]), rtol=4 * EPS32, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 127, 300, 1000])
+def test_a_gram_matrix_in_stripes(size, monkeypatch):
+    monkeypatch.setattr(gram, "_STRIPE", 128)
+    x = torch.randn(40, size, generator=torch.Generator().manual_seed(size))
+    total = torch.zeros(2, size, size)
+    for part in (x[:25], x[25:]):
+        gram.add_gram(total[0], part)
+        gram.add_gram(total[1], 2 * part)
+    gram.mirror(total)
+    bound = 42 * EPS32 * (x.abs().double().mT @ x.abs().double())
+    for factor, found in zip((1, 4), total, strict=True):
+        assert torch.equal(found, found.mT)
+        assert ((found - factor * x.double().mT @ x.double()).abs() <= factor * bound).all()
+
+
+def test_the_loss_in_pieces_is_the_loss(monkeypatch):
+    monkeypatch.setattr(collector, "_LOSS_TOKENS", 7)
+    logits = torch.randn(40, 50, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(50, (40,))
+    pieces = collector._end_loss(logits, targets)
+    whole = F.cross_entropy(logits, targets, reduction="sum")
+    # Pieces are computed in fp32 even here, as everywhere.
+    torch.testing.assert_close(pieces, whole.float(), rtol=50 * EPS32, atol=0)
+    (ours,), (theirs,) = torch.autograd.grad(pieces, logits), torch.autograd.grad(whole, logits)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=50 * EPS32)
 
 
 def poison(model, name, rows_to_poison):

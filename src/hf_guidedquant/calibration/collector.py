@@ -26,11 +26,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CalibrationError, ModelError
 from ..linears import stored_weight
+from .gram import add_gram, mirror, product_dtype
 
 logger = logging.getLogger(__name__)
 
 # A larger share of rows with NaN or infinite activations or gradients aborts the run.
 MAX_BAD_ROWS = 0.1
+# Tokens of a row whose loss is computed at a time.
+_LOSS_TOKENS = 512
 
 
 @dataclass
@@ -50,26 +53,46 @@ class LayerStatistics:
         """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
         return cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
 
-    def add(self, x: Tensor, weights: Tensor) -> None:
-        """Add a row's tokens: inputs ``x [T, K]``, token weights ``s [T, g]``, both any float dtype."""
-        x, weights = x.to(self.hessian.device, torch.float32), weights.to(self.hessian.device, torch.float32)
-        good = torch.isfinite(x).all() & torch.isfinite(weights).all()
+    def add(self, x: Tensor, weights: Tensor | None, valid: Tensor) -> None:
+        """Add a row's tokens, unless anything of them is NaN or infinite.
+
+        Args:
+            x: Inputs ``[T, K]``, any float dtype.
+            weights: Of the tokens, fp32 ``[T, g]``; None for 1.
+            valid: Whether the row counts, a bool scalar.
+        """
+        device = self.hessian.device
+        x = x.to(device)
+        good = torch.isfinite(x).all() & valid.to(device)
+        if weights is not None:
+            weights = weights.to(device)
+            good = good & torch.isfinite(weights).all()
         self.bad_rows += ~good
-        # One comparison on the device instead of a branch on the host: a bad row contributes exact zeros.
+        # Selections on the device instead of a branch on the host: a bad row contributes exact zeros.
         x = torch.where(good, x, 0.0)
-        root = torch.where(good, weights, 0.0).sqrt()
-        for group, hessian in enumerate(self.hessian):
-            scaled = x * root[:, group : group + 1]
-            if hessian.dim() == 1:
-                hessian += scaled.square().sum(dim=0)
+        roots = None if weights is None else torch.where(good, weights, 0.0).sqrt()
+        # A diagonal costs too little to round for it.
+        dtype = torch.float32 if self.hessian.dim() == 2 else product_dtype(x, weighted=roots is not None)
+        scaled = torch.empty_like(x, dtype=dtype)
+        for group, total in enumerate(self.hessian):
+            if roots is None:
+                scaled.copy_(x)
             else:
-                hessian.addmm_(scaled.mT, scaled)
+                torch.mul(x, roots[:, group : group + 1], out=scaled)
+            if total.dim() == 1:
+                total += scaled.square().sum(dim=0)
+            else:
+                add_gram(total, scaled)
 
 
-def group_means(squared: Tensor, num_groups: int) -> Tensor:
-    """Mean over each group of outputs: ``[T, N] -> [T, g]``; groups are contiguous, the last one may be shorter."""
-    size = math.ceil(squared.shape[-1] / num_groups)
-    return torch.stack([part.mean(dim=-1) for part in squared.split(size, dim=-1)], dim=-1)
+def token_weights(grad: Tensor, num_groups: int) -> Tensor:
+    """Mean of the squares over each group of outputs: ``[T, N] -> [T, g]`` in fp32.
+
+    Groups are contiguous; the last one may be shorter.
+    """
+    parts = grad.split(math.ceil(grad.shape[-1] / num_groups), dim=-1)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) / math.sqrt(part.shape[-1]) for part in parts]
+    return torch.stack(norms, dim=-1).square()
 
 
 def collect(
@@ -97,7 +120,8 @@ def collect(
         CalibrationError: More than 10 % of the rows had to be left out, of the model or of one layer.
         ModelError: The model gives no logits.
     """
-    bad_losses = 0
+    device = input_device(model)
+    losses = _Losses(device)
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         if guided:
@@ -106,36 +130,59 @@ def collect(
             if checkpointing:
                 stack.enter_context(_checkpointed(model))
             stack.enter_context(_repeatable_backward(model, rows[0]))
-            stack.enter_context(_tapped(layers, statistics))
+            stack.enter_context(_tapped(layers, statistics, losses))
         else:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_watched(layers, statistics))
-        device = input_device(model)
+            stack.enter_context(_watched(layers, statistics, losses))
         for row in rows:
-            bad_losses += not _run_row(model, row.to(device), guided)
+            _run_row(model, row.to(device), losses if guided else None)
             on_row(row.numel())
     for layer in statistics.values():
-        layer.bad_rows += bad_losses
-    _check_bad_rows(bad_losses, statistics, len(rows))
+        if layer.hessian.dim() == 3:
+            mirror(layer.hessian)
+    _check_bad_rows(int(losses.bad), statistics, len(rows))
 
 
-def _run_row(model: PreTrainedModel, ids: Tensor, guided: bool) -> bool:
-    """Forward, and for the guided objective backward. False if the loss is not finite."""
+class _Losses:
+    """Whether the loss of the row under way is finite, and how many were not, on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.valid = torch.ones((), dtype=torch.bool, device=device)
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
+
+    def take(self, loss: Tensor) -> None:
+        self.valid = torch.isfinite(loss.detach())
+        self.bad = self.bad.to(loss.device) + ~self.valid
+
+
+def _run_row(model: PreTrainedModel, ids: Tensor, losses: _Losses | None) -> None:
+    """Forward, and if there is a loss to be guided by, backward. Nothing here waits for the device."""
     output = model(input_ids=ids.unsqueeze(0), use_cache=False)
-    if not guided:
-        return True
+    if losses is None:
+        return
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3:
         raise ModelError(
             f"{type(model).__name__} gives no logits for every token, so there is no end loss to be guided by. "
             "Load the model with its language-model head (AutoModelForCausalLM), or use guided=False."
         )
-    # A sum, not a mean: gradients keep their size whatever the row length, which fp16 needs.
-    loss = F.cross_entropy(logits[0, :-1].float(), ids[1:].to(logits.device), reduction="sum")
-    if not torch.isfinite(loss):
-        return False
+    loss = _end_loss(logits[0, :-1], ids[1:].to(logits.device))
+    losses.take(loss)
     loss.backward()
-    return True
+
+
+def _end_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy summed over tokens: gradients keep their size whatever the row length, which fp16 needs.
+
+    In pieces whose fp32 copies exist one at a time, forward and backward: with a large vocabulary, all at once would be
+    the largest tensors of the pass.
+    """
+    pieces = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
+    return torch.stack([checkpoint(_summed, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+def _summed(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def _check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:
@@ -179,10 +226,12 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _tapped(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics]) -> Iterator[None]:
+def _tapped(
+    layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], losses: _Losses
+) -> Iterator[None]:
     def receive(layer: LayerStatistics, x: Tensor, grad: Tensor) -> None:
-        squared = grad.flatten(0, -2).float().square()
-        layer.add(x.flatten(0, -2), group_means(squared, layer.hessian.shape[0]))
+        weights = token_weights(grad.flatten(0, -2), layer.hessian.shape[0])
+        layer.add(x.flatten(0, -2), weights, losses.valid)
 
     def tap(layer: LayerStatistics, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _Tap.apply(output, args[0].detach(), partial(receive, layer)) if output.requires_grad else output
@@ -192,10 +241,11 @@ def _tapped(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStati
 
 
 @contextmanager
-def _watched(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics]) -> Iterator[None]:
+def _watched(
+    layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], losses: _Losses
+) -> Iterator[None]:
     def watch(layer: LayerStatistics, module: nn.Module, args: tuple) -> None:
-        x = args[0].flatten(0, -2)
-        layer.add(x, x.new_ones(x.shape[0], layer.hessian.shape[0]))
+        layer.add(args[0].flatten(0, -2), None, losses.valid)
 
     with _hooks(module.register_forward_pre_hook(partial(watch, statistics[name])) for name, module in layers.items()):
         yield
@@ -254,7 +304,7 @@ def _repeatable_backward(model: PreTrainedModel, row: Tensor) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(True)
         try:
-            _run_row(model, row.to(device), guided=True)
+            _run_row(model, row.to(device), _Losses(device))
         except RuntimeError as error:
             if "determinis" not in str(error):
                 raise

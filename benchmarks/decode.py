@@ -16,59 +16,16 @@ from typing import Any
 
 import torch
 from gpu_timing import read_bandwidth
+from models import CONFIGS, random_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from hf_guidedquant import GuidedLinear, graphed_decode
 from hf_guidedquant.nn import prepare_layers, quantized_modules, replace_module
 
-MODELS: dict[str, Any] = {
-    "llama-3.1-8b": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            max_position_embeddings=131072,
-        )
-    ),
-    "qwen3-0.6b": lambda: Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            tie_word_embeddings=True,
-        )
-    ),
-    "smollm2-135m": lambda: LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            vocab_size=49152,
-            tie_word_embeddings=True,
-        )
-    ),
-}
-
 
 def dense_model(name: str) -> Any:
     """The model in fp16 on the GPU."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float16)
-    try:
-        with torch.device("cuda"):
-            model = MODELS[name]().eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(previous)
+    model = random_model(name, torch.float16, "cuda")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model
@@ -150,7 +107,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="llama-3.1-8b")
+    parser.add_argument("--model", choices=list(CONFIGS), default="llama-3.1-8b")
     parser.add_argument("--bits", type=int, nargs="+", default=[16, 4, 3, 2], help="16 is the dense fp16 model; first")
     parser.add_argument("--loop", nargs="+", choices=["graphed", "plain"], default=["graphed", "plain"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])

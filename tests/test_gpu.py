@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.calibration import LayerStatistics, collect
+from hf_guidedquant.calibration import LayerStatistics, collect, gram
 from hf_guidedquant.linears import is_linear
 from hf_guidedquant.resources import reproducible
 
@@ -68,6 +68,51 @@ def test_hessians_agree_with_the_cpu():
         # As against float64 in test_collector, twice: once for each device.
         bound = 2 * 40 * 96**0.5 * torch.finfo(torch.float32).eps * expected.abs().amax()
         assert (found["cuda"][name] - expected).abs().amax() <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [72, 4500])
+def test_products_on_tensor_cores_are_those_of_the_rounded_factors(size, dtype):
+    generator = torch.Generator("cuda").manual_seed(size)
+    x = torch.randn(300, size, device="cuda", generator=generator).to(dtype)
+    weights = torch.rand(300, 2, device="cuda", generator=generator) * 1e-9
+    valid = torch.ones((), dtype=torch.bool, device="cuda")
+    for given in (weights, None):
+        statistics = LayerStatistics.empty((2, size, size), torch.device("cuda"))
+        for part in (slice(0, 200), slice(200, 300)):
+            statistics.add(x[part], None if given is None else given[part], valid)
+        for group, total in enumerate(statistics.hessian):
+            gram.mirror(total)
+            factor = x if given is None else (x * given[:, group : group + 1].sqrt()).bfloat16()
+            exact = factor.double().mT @ factor.double()
+            bound = 302 * torch.finfo(torch.float32).eps * (factor.abs().double().mT @ factor.abs().double())
+            assert torch.equal(total, total.mT)
+            assert ((total - exact).abs() <= bound).all()
+        assert statistics.bad_rows == 0
+
+
+def test_no_row_waits_for_the_device():
+    model, rows = tiny_model().cuda(), token_rows()
+    layers = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.lm_head}
+    for guided in (True, False):
+        statistics = {
+            name: LayerStatistics.empty((1, module.in_features, module.in_features), torch.device("cuda"))
+            for name, module in layers.items()
+        }
+        waits = []
+
+        def look(tokens, waits=waits):
+            # Watched from the second row on, until the pass is over.
+            torch.cuda.set_sync_debug_mode("error" if len(waits) < len(rows) - 1 else "default")
+            waits.append(tokens)
+
+        try:
+            collect(
+                model, layers, statistics, [row.cuda() for row in rows], guided=guided, checkpointing=True, on_row=look
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert len(waits) == len(rows)
 
 
 def test_moving_to_the_device_and_casting_keep_codes_and_codebooks():

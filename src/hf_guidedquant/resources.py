@@ -11,9 +11,13 @@ import torch
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on ``device``."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        # A limit that the process has set itself; older torch cannot tell.
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        free = min(free, int(fraction * total) - reserved)
         # What torch's allocator holds but does not use counts as free too.
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved - torch.cuda.memory_allocated(device)
     return psutil.virtual_memory().available
 
 

@@ -16,8 +16,8 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 ROOMS = [
     "errors",
     "codes",
-    "decoding",
     "triton_kernels",
+    "decoding",
     "solvers",
     "config",
     "formats",

@@ -47,6 +47,7 @@ seen["branch"] = push("me/branched", revision="v2")
 
 model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 seen["local"] = push("me/local")
+model.save_pretrained(f"{folder}/../saved", push_to_hub=True, repo_id="me/saved")
 print(json.dumps(seen))
 """
 
@@ -135,6 +136,11 @@ def test_a_model_from_a_folder_names_no_base(hub):
     assert hub.published["local"] is None
     assert "base_model" not in card(hub, "me/local")
     assert "import hf_guidedquant" in card(hub, "me/local")
+
+
+def test_saving_and_pushing_in_one_call_uploads_card_and_report(hub):
+    assert {"README.md", "guidedquant_report.json", "model.safetensors"} <= hub.server.find("me/saved").files().keys()
+    assert "import hf_guidedquant" in card(hub, "me/saved")
 
 
 def test_a_users_own_card_is_kept(hub):

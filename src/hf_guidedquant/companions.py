@@ -51,6 +51,9 @@ def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any
         made_up = Path(working_dir, CARD_FILE)
         tags = ModelCard.load(made_up).data.tags if made_up.exists() else None
         _write_card(self, Path(working_dir), repo_id, tags)
+    if _is_quantized(self) and self.quantization_report is not None:
+        # save_pretrained(..., push_to_hub=True) uploads before it returns to us.
+        self.quantization_report.save(Path(working_dir))
     return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
 
 

@@ -74,3 +74,7 @@ class DecodingError(GuidedQuantError, ValueError):
 
     def __init__(self, request: str) -> None:
         super().__init__(f"graphed_decode cannot do {request}. Call generate without custom_generate, which can.")
+
+
+class WorkerError(GuidedQuantError, RuntimeError):
+    """The processes that quantize a model together do not belong together, or one of them has stopped."""

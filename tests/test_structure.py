@@ -22,6 +22,7 @@ ROOMS = [
     "config",
     "formats",
     "resources",
+    "workers",
     "linears",
     "plan",
     "calibration",

@@ -1,8 +1,8 @@
 """Several processes that quantize one model together, as `torchrun` and `accelerate launch` start them.
 
-Every process holds the whole model. Each takes a share of the calibration rows, and then a share of the layers; a layer's
-statistics are added up where it is solved, and what is solved is handed to all, so that every process ends with the same
-quantized model.
+Every process holds the whole model. Each takes a share of the calibration rows, and then a share of the layers; a
+layer's statistics are added up where it is solved, and what is solved is handed to all, so that every process ends with
+the same quantized model.
 """
 
 import logging

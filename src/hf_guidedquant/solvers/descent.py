@@ -7,7 +7,6 @@ fp32 product brings the rest of the block up to date, which costs 16 times fewer
 # mypy: ignore-errors
 # (Triton's compiler, not Python, runs most of this file.)
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,8 +51,9 @@ def _nearest(target, codebook, rows, entries, midpoints, BITS: tl.constexpr):
         return value
     else:
         code = tl.zeros(target.shape, tl.int64)
-        for bit in tl.static_range(BITS):
-            upper = code + 2 ** (BITS - 1 - bit)
+        # A loop at run time: unrolled, it takes the compiler minutes.
+        for bit in range(BITS):
+            upper = code + (2 ** (BITS - 1) >> bit)
             midpoint = (tl.load(codebook + upper * rows) + tl.load(codebook + (upper - 1) * rows)) / 2
             code = tl.where(target > midpoint, upper, code)
         return tl.load(codebook + code * rows)
@@ -114,9 +114,9 @@ def descent_kernel(
 
 
 def descend(
-    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, start: int, stop: int, offset: int
+    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, block: slice, offset: int
 ) -> Tensor:
-    """Take the inputs ``start .. stop - 1``, in order, each to its best entry given all others, in place.
+    """Take the inputs of a block, in order, each to its best entry given all others, in place.
 
     Args:
         hessian: fp32 ``[G, K, K]``, symmetric, as all tensors contiguous.
@@ -124,18 +124,21 @@ def descend(
         pull: ``H (ŵ - w)`` of some of the inputs, ``[G, P, R]``; the block's begin at ``offset``. Unchanged.
         quantized: ``ŵ [G, K, R]``.
         codebook: Ascending, ``[G, L, R]``.
-        start, stop: The block, at most :data:`BLOCK` inputs.
+        block: Its inputs, at most :data:`BLOCK`.
         offset: See ``pull``.
 
     Returns:
-        What was added to ``quantized``, ``[G, stop - start, R]``.
+        What was added to ``quantized``, ``[G, inputs of the block, R]``.
     """
     groups, inputs, rows = quantized.shape
-    change = quantized.new_empty(groups, stop - start, rows)
+    count = block.stop - block.start
+    bits = codebook.shape[1].bit_length() - 1
+    change = quantized.new_empty(groups, count, rows)
     with launching_on(quantized.device):
         descent_kernel[triton.cdiv(rows, _ROWS), groups](
             hessian, inverse, pull, quantized, codebook, change,
-            start, offset, stop - start, inputs, rows, pull.shape[1],
-            BITS=codebook.shape[1].bit_length() - 1, BLOCK=BLOCK, STEPS=_STEPS, ROWS=_ROWS, num_warps=_WARPS, num_stages=1,
+            block.start, offset, count, inputs, rows, pull.shape[1],
+            # More stages would fetch every scalar of the Hessian by itself, asynchronously.
+            BITS=bits, BLOCK=BLOCK, STEPS=_STEPS, ROWS=_ROWS, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
     return change

@@ -75,7 +75,7 @@ class _Problem:
         self.weight = weight.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        self.inverse = 1 / self.diagonal
+        self.inverse = (1 / self.diagonal).contiguous()
         self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
         split = self.fused and has_tensor_cores(weight.device)
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
@@ -108,13 +108,12 @@ class _Problem:
         else:
             descend = _descend
         for start in range(panel.start, panel.stop, BLOCK):
-            stop = min(start + BLOCK, panel.stop)
-            change = descend(
-                self.hessian, self.inverse, pull, quantized, codebook, start, stop, offset=start - panel.start
-            )
-            if stop < panel.stop:
-                beside = self.hessian[:, stop : panel.stop, start:stop]
-                pull[:, stop - panel.start :].baddbmm_(beside, change)
+            block = slice(start, min(start + BLOCK, panel.stop))
+            offset = start - panel.start
+            change = descend(self.hessian, self.inverse, pull, quantized, codebook, block, offset)
+            if block.stop < panel.stop:
+                beside = self.hessian[:, block.stop : panel.stop, block]
+                pull[:, offset + BLOCK :].baddbmm_(beside, change)
 
     def fit_codebook(self, state: _State) -> _State:
         """The best codebook for the state's codes, in ascending order, and the codes renumbered to match.
@@ -143,16 +142,16 @@ class _Problem:
 
 
 def _descend(
-    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, start: int, stop: int, offset: int
+    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, block: slice, offset: int
 ) -> Tensor:
     """As :func:`.descent.descend`, in plain torch, for any device and dtype."""
     midpoints = (codebook[:, 1:] + codebook[:, :-1]) / 2
-    change = torch.empty_like(quantized[:, start:stop])
-    for j in range(start, stop):
-        done = j - start
+    change = torch.empty_like(quantized[:, block])
+    for done in range(change.shape[1]):
+        j = block.start + done
         slope = pull[:, offset + done]
         if done:
-            slope = slope + torch.bmm(hessian[:, j : j + 1, start:j], change[:, :done]).squeeze(1)
+            slope = slope + torch.bmm(hessian[:, j : j + 1, block.start : j], change[:, :done]).squeeze(1)
         target = quantized[:, j] - slope * inverse[:, j : j + 1]
         code = (target.unsqueeze(1) > midpoints).sum(dim=1, keepdim=True)
         value = codebook.gather(1, code).squeeze(1)

@@ -12,7 +12,7 @@ _PIECES = 3
 
 
 def split(matrix: Tensor) -> Tensor:
-    """fp32 ``[..., n, m]`` -> bf16 ``[..., 3, n, m]``, whose sum over the pieces, large to small, is the matrix exactly.
+    """fp32 ``[..., n, m]`` -> bf16 ``[..., 3, n, m]``, large to small, whose sum is the matrix exactly.
 
     Exact for finite values that bf16 can round, down to 2⁻¹³³, the smallest bf16 number.
     """

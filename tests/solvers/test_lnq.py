@@ -52,10 +52,11 @@ def naive_descent(w: list, h: list, codes: list, codebook: list, cycles: int) ->
     return codes
 
 
-@pytest.mark.parametrize("block", [1, 8, 21, 128])
+@pytest.mark.parametrize(("panel", "block"), [(1, 1), (10, 4), (1024, 8), (8, 21), (1024, 128)])
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("cycles", [1, 3])
-def test_blocked_coordinate_descent_is_the_naive_loop(monkeypatch, block, bits, cycles):
+def test_blocked_coordinate_descent_is_the_naive_loop(monkeypatch, panel, block, bits, cycles):
+    monkeypatch.setattr(lnq, "PANEL", panel)
     monkeypatch.setattr(lnq, "BLOCK", block)
     weight, hessian = problem(seed=bits)
     descent = lnq._Problem(weight, hessian)

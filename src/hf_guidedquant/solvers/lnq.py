@@ -6,7 +6,8 @@ Per row, minimise ``(ŵ - w)ᵀ H (ŵ - w)`` over codes q and a codebook c, ``ŵ
 * the codes by cyclic coordinate descent: input j takes the codeword nearest to ``ŵ_j - (H (ŵ - w))_j / H_jj``.
 
 Every row's best state is kept, so the objective never increases. Work arrays are laid out ``[G, K, R]`` (inputs before
-rows): a coordinate-descent step then touches contiguous memory.
+rows): a coordinate-descent step then touches contiguous memory. On a GPU with Triton a block of steps is one launch
+(descent.py) and the large products run on tensor cores without loss of accuracy (products.py).
 """
 
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..triton_kernels import backend_for
 from .base import Solution, SolverSpec, nearest, round_codebook, sort_codebook
 from .kmeans import cluster
+from .products import PlainProduct, SplitProduct, has_tensor_cores
 
-# Inputs per block of coordinate descent: steps inside a block read only the block's own changes, and one matrix
-# product per block brings the other inputs up to date.
-BLOCK = 128
+# Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
+# changes reach the rest of its panel by one matrix product; steps inside a block read the block's own changes.
+PANEL, BLOCK = 1024, 128
 # Ridge of the codebook step relative to the mean diagonal of its normal equations, and the largest one-hot array.
 _RIDGE = 1e-7
-_CHUNK = 1 << 23
+_CHUNK = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -66,52 +69,51 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
 
 
 class _Problem:
-    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, and the Hessian with rows scaled by 1 / H_jj."""
+    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply."""
 
     def __init__(self, weight: Tensor, hessian: Tensor) -> None:
         self.weight = weight.mT.contiguous()
-        self.hessian = hessian
+        self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        self.scaled = hessian / self.diagonal.unsqueeze(-1)
+        self.inverse = (1 / self.diagonal).contiguous()
+        self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
+        split = self.fused and has_tensor_cores(weight.device)
+        self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
 
     def state(self, codes: Tensor, codebook: Tensor) -> _State:
         error = _look_up(codes, codebook) - self.weight
-        objective = (error * torch.bmm(self.hessian, error)).sum(dim=1, dtype=torch.float64)
-        return _State(codes, codebook, objective)
+        pull = self.product.rows(slice(None), self.product.operand(error))
+        return _State(codes, codebook, (error * pull).sum(dim=1, dtype=torch.float64))
 
     def assign(self, state: _State, cycles: int) -> _State:
         """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""
         codebook = state.codebook.mT.contiguous()  # [G, L, R]
-        midpoints = (codebook[:, 1:] + codebook[:, :-1]) / 2
         quantized = _look_up(state.codes, state.codebook)
-        slope = torch.bmm(self.scaled, quantized - self.weight)  # (H e)_j / H_jj, kept up to date
+        error = self.product.operand(quantized - self.weight)
         for _ in range(cycles):
             before = quantized.clone()
-            for start in range(0, quantized.shape[1], BLOCK):
-                self._assign_block(start, quantized, slope, codebook, midpoints)
+            for start in range(0, quantized.shape[1], PANEL):
+                panel = slice(start, min(start + PANEL, quantized.shape[1]))
+                self._assign_panel(panel, quantized, self.product.rows(panel, error), codebook)
+                error[..., panel, :] = self.product.operand(quantized[:, panel] - self.weight[:, panel])
             if torch.equal(before, quantized):
                 break
         codes = nearest(state.codebook, quantized.mT).mT.contiguous()
         return self.state(codes, state.codebook)
 
-    def _assign_block(self, start: int, quantized: Tensor, slope: Tensor, codebook: Tensor, midpoints: Tensor) -> None:
-        """One pass over the inputs ``start .. start + BLOCK - 1``, in place. The seam for a fused GPU kernel.
-
-        Shapes: ``quantized`` and ``slope`` are ``[G, K, R]``, the ascending ``codebook`` is ``[G, L, R]`` and
-        ``midpoints [G, L - 1, R]``.
-        """
-        stop = min(start + BLOCK, quantized.shape[1])
-        change = torch.empty_like(quantized[:, start:stop])
-        for j in range(start, stop):
-            done = j - start
-            target = quantized[:, j] - slope[:, j]
-            if done:
-                target -= torch.bmm(self.scaled[:, j : j + 1, start:j], change[:, :done]).squeeze(1)
-            code = (target.unsqueeze(1) > midpoints).sum(dim=1, keepdim=True)
-            value = codebook.gather(1, code).squeeze(1)
-            torch.sub(value, quantized[:, j], out=change[:, done])
-            quantized[:, j] = value
-        slope.baddbmm_(self.scaled[:, :, start:stop], change)
+    def _assign_panel(self, panel: slice, quantized: Tensor, pull: Tensor, codebook: Tensor) -> None:
+        """One pass over the inputs of a panel, in place: ``quantized [G, K, R]``, ``pull`` = H (ŵ - w) of the panel."""
+        if self.fused:
+            from .descent import descend
+        else:
+            descend = _descend
+        for start in range(panel.start, panel.stop, BLOCK):
+            block = slice(start, min(start + BLOCK, panel.stop))
+            offset = start - panel.start
+            change = descend(self.hessian, self.inverse, pull, quantized, codebook, block, offset)
+            if block.stop < panel.stop:
+                beside = self.hessian[:, block.stop : panel.stop, block]
+                pull[:, offset + BLOCK :].baddbmm_(beside, change)
 
     def fit_codebook(self, state: _State) -> _State:
         """The best codebook for the state's codes, in ascending order, and the codes renumbered to match.
@@ -119,24 +121,43 @@ class _Problem:
         Solves for the change from the old codebook, ``(Pᵀ H P + εI) δ = -Pᵀ H e``: an empty codeword has a zero row
         and right-hand side and stays where it is.
         """
-        codes, codebook = state.codes.mT, state.codebook  # [G, R, K], [G, R, L]
+        codes, codebook = state.codes.mT.contiguous(), state.codebook  # [G, R, K], [G, R, L]
         groups, rows, inputs = codes.shape
         levels = codebook.shape[-1]
-        pull = torch.bmm(self.hessian, _look_up(state.codes, codebook) - self.weight).mT.unsqueeze(-1)  # H e
+        error = (_look_up(state.codes, codebook) - self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
         entries = torch.arange(levels, device=codes.device).unsqueeze(-1)
         fitted = torch.empty_like(codebook)
         step = max(1, _CHUNK // (groups * inputs * levels))
         for i in range(0, rows, step):
             part = slice(i, i + step)
-            one_hot = (codes[:, part].unsqueeze(2) == entries).to(pull.dtype)  # Pᵀ: [G, r, L, K]
-            curved = torch.bmm(one_hot.flatten(1, 2), self.hessian).view_as(one_hot)  # Pᵀ H
-            normal = (curved @ one_hot.mT).double()  # [G, r, L, L]
-            right = (one_hot @ pull[:, part]).double()  # [G, r, L, 1]
+            one_hot = codes[:, part].unsqueeze(2) == entries  # Pᵀ: [G, r, L, K]
+            curved = self.product.one_hot(one_hot.flatten(1, 2)).view(one_hot.shape)  # Pᵀ H
+            normal = (curved @ one_hot.to(curved.dtype).mT).double()  # [G, r, L, L]
+            right = (curved @ error[:, part]).double()  # [G, r, L, 1]
             ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
             normal.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
             fitted[:, part] = codebook[:, part] - torch.linalg.solve(normal, right).squeeze(-1).to(codebook.dtype)
         renumbered, fitted = sort_codebook(codes, fitted)
         return self.state(renumbered.mT.contiguous(), fitted)
+
+
+def _descend(
+    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, block: slice, offset: int
+) -> Tensor:
+    """As :func:`.descent.descend`, in plain torch, for any device and dtype."""
+    midpoints = (codebook[:, 1:] + codebook[:, :-1]) / 2
+    change = torch.empty_like(quantized[:, block])
+    for done in range(change.shape[1]):
+        j = block.start + done
+        slope = pull[:, offset + done]
+        if done:
+            slope = slope + torch.bmm(hessian[:, j : j + 1, block.start : j], change[:, :done]).squeeze(1)
+        target = quantized[:, j] - slope * inverse[:, j : j + 1]
+        code = (target.unsqueeze(1) > midpoints).sum(dim=1, keepdim=True)
+        value = codebook.gather(1, code).squeeze(1)
+        torch.sub(value, quantized[:, j], out=change[:, done])
+        quantized[:, j] = value
+    return change
 
 
 def _look_up(codes: Tensor, codebook: Tensor) -> Tensor:

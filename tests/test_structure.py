@@ -15,9 +15,11 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 # A room may import from the rooms before it. `formats` and `solvers` never import each other.
 ROOMS = [
     "errors",
+    "fingerprint",
+    "layer_folder",
     "codes",
-    "decoding",
     "triton_kernels",
+    "decoding",
     "solvers",
     "config",
     "formats",
@@ -31,6 +33,7 @@ ROOMS = [
     "report",
     "companions",
     "solving",
+    "run_folder",
     "pipeline",
     "quantizer",
 ]

@@ -109,7 +109,7 @@ class GuidedQuantizer(HfQuantizer):
         config = self.quantization_config
         report = pipeline.run(model, config, freshly_loaded)
         # The config stays on the model: the data must not.
-        config.dataset, config.tokenizer = "builtin", None
+        config.dataset, config.tokenizer, config.run_dir, config.statistics = "builtin", None, None, None
         model.config.quantization_config = config
         self._prepare_layers(model)
         companions.attach_saving(model, report)

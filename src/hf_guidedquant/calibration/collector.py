@@ -40,15 +40,21 @@ class LayerStatistics:
     Attributes:
         hessian: fp32, ``[g, K, K]``, or its diagonal ``[g, K]``. The sum over tokens, not normalised.
         bad_rows: Rows left out because this layer, or the loss, was NaN or infinite (int64 scalar, on device).
+        diagonal: fp32 ``[g, K]``: the diagonal of a full Hessian once more, added up the way it is where only the
+            diagonal is needed, which rounds differently. None unless the statistics are to be kept for any method.
     """
 
     hessian: Tensor
     bad_rows: Tensor
+    diagonal: Tensor | None = None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], device: torch.device) -> "LayerStatistics":
+    def empty(cls, shape: tuple[int, ...], device: torch.device, for_any_method: bool = False) -> "LayerStatistics":
         """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
-        return cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        statistics = cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        if for_any_method and len(shape) == 3:
+            statistics.diagonal = torch.zeros(shape[:2], device=device)
+        return statistics
 
     def add(self, x: Tensor, weights: Tensor) -> None:
         """Add a row's tokens: inputs ``x [T, K]``, token weights ``s [T, g]``, both any float dtype."""
@@ -60,9 +66,10 @@ class LayerStatistics:
         root = torch.where(good, weights, 0.0).sqrt()
         for group, hessian in enumerate(self.hessian):
             scaled = x * root[:, group : group + 1]
-            if hessian.dim() == 1:
-                hessian += scaled.square().sum(dim=0)
-            else:
+            diagonal = hessian if hessian.dim() == 1 else None if self.diagonal is None else self.diagonal[group]
+            if diagonal is not None:
+                diagonal += scaled.square().sum(dim=0)
+            if hessian.dim() == 2:
                 hessian.addmm_(scaled.mT, scaled)
 
 

@@ -86,7 +86,7 @@ class FolderMismatchError(GuidedQuantError, ValueError):
     def __init__(self, folder: str, changes: Iterable[str], setting: str) -> None:
         self.changes = list(changes)
         super().__init__(
-            f"{folder} was filled under other conditions: {listed(self.changes, 6, "; ")}. "
+            f"{folder} was filled under other conditions: {listed(self.changes, 6, '; ')}. "
             f"Undo that change, set {setting} to another folder, or delete this one."
         )
 

@@ -127,7 +127,8 @@ class LayerFolder:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+                # Copies, because what safetensors gives is a window onto the file, which may change or go away.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (no mapping)
             about = json.loads(metadata["about"])
             if metadata["sha256"] != _sha256_of_file(metadata["about"], tensors):
                 raise ValueError("its checksum is wrong")

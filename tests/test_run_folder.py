@@ -125,6 +125,7 @@ def test_a_kill_at_any_write_costs_nothing_that_was_kept(count, moment, undistur
 
     in_a_killed_process(run)
     assert len(layer_files(tmp_path / "run")) == max(0, count - 1 - (moment != "after"))
+    (tmp_path / "run" / "layers" / ".tmpAb3xY9").write_text("what safetensors leaves behind")
     assert saved(quantize(tmp_path / "run", **FEW), tmp_path / "model") == undisturbed
     assert not list((tmp_path / "run").rglob("*tmp*"))
 
@@ -479,6 +480,24 @@ def test_a_file_in_the_folders_place(tmp_path):
     with pytest.raises(FolderUnusableError, match="cannot be written to"):
         quantize(tmp_path / "run", **FEW)
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    mine = [tmp_path / "notes.tmp", tmp_path / "layers" / "notes.tmp", tmp_path / "sub" / ".tmpAb3xY9"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    quantize(tmp_path, **FEW)
+    assert all(path.read_text() == "mine" for path in mine)
+
+
+def test_a_folder_in_use_is_noticed_before_the_model_is_read(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda *args, **kwargs: pytest.fail("the model was built"))
+    settings = config(run_dir=tmp_path / "run")
+    other = LayerFolder(tmp_path / "run", "run.json", "run_dir")
+    with other.locked(), pytest.raises(FolderUnusableError, match="another process is writing to it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=settings)
 
 
 def test_the_model_keeps_neither_folder(tmp_path):

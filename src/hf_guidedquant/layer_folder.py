@@ -62,12 +62,17 @@ class LayerFolder:
                 self._named(), f"it cannot be written to ({error})", "Choose another folder."
             ) from error
         try:
-            # What a killed process was writing; safetensors has temporary names of its own.
-            for stray in [*self.path.rglob("*.tmp"), *(self.path / _LAYERS).glob(".tmp*")]:
-                stray.unlink(missing_ok=True)
+            self._remove_leftovers()
             yield
         finally:
             lock.release()
+
+    def _remove_leftovers(self) -> None:
+        """What a killed process was writing, under our temporary names and under those of safetensors."""
+        layers = self.path / _LAYERS
+        strays = [*layers.glob("*.safetensors.tmp"), *layers.glob(".tmp??????"), _temporary(self._record_file)]
+        for stray in strays:
+            stray.unlink(missing_ok=True)
 
     def record(self) -> dict[str, Any] | None:
         """The folder's record; None if there is none yet, or if it is damaged."""
@@ -142,7 +147,7 @@ class LayerFolder:
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:
         """A temporary name to write to; it becomes ``path`` at the end, all at once and to stay."""
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = _temporary(path)
         try:
             yield temporary
             with open(temporary, "rb+") as file:
@@ -161,6 +166,10 @@ class LayerFolder:
 
     def _named(self) -> str:
         return f"{self.setting}={str(self.path)!r}"
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
 
 
 def _sha256_of_file(about: str, tensors: Mapping[str, Tensor]) -> str:

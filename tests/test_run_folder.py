@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, layer_folder, run_folder, solving
 from hf_guidedquant.errors import FolderMismatchError, FolderUnusableError
+from hf_guidedquant.fingerprint import environment
 from hf_guidedquant.layer_folder import LayerFolder
 
 # Three layers in two batches: gate_proj with up_proj, and down_proj.
@@ -313,7 +314,7 @@ def test_another_model_is_refused_by_name(started):
     ],
 )
 def test_another_environment_is_refused_by_name(name, value, message, started, monkeypatch):
-    monkeypatch.setattr(run_folder, name, lambda *args: value)
+    monkeypatch.setattr(run_folder, "environment", lambda model: {**environment(model), name: value})
     with pytest.raises(FolderMismatchError, match=message):
         quantize(started, **FEW)
 
@@ -416,8 +417,23 @@ def test_what_is_loaded_does_not_hang_on_the_file(tmp_path):
         folder.write_record({"identity": {}})
         folder.save("layer", {"weight": torch.ones(4096)}, {})
     tensors, _ = folder.load("layer")
-    os.truncate(folder.file("layer"), 0)
-    assert tensors["weight"].sum() == 4096  # a mapped file that has shrunk kills the process
+    with open(folder.file("layer"), "r+b") as file:
+        file.write(bytes(file.seek(0, os.SEEK_END)))
+        file.seek(0)
+        file.write(bytes(os.path.getsize(file.name)))
+    assert tensors["weight"].sum() == 4096
+
+
+def test_a_file_is_flushed_before_it_takes_its_name_and_the_name_afterwards(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, call=function: calls.append(name) or call(*args))
+    folder = LayerFolder(tmp_path, "run.json", "run_dir")
+    with folder.locked():
+        folder.write_record({"identity": {}})
+        folder.save("layer", {"weight": torch.ones(4)}, {})
+    assert calls == ["fsync", "replace", "fsync"] * 2
 
 
 @pytest.mark.parametrize("problem", [errno.ENOSPC, errno.EIO])

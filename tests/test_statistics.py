@@ -1,6 +1,7 @@
 """Statistics that are kept: other bits and methods come out as if they had gone over the data themselves."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -13,8 +14,10 @@ from conftest import tiny_model, token_rows
 from test_run_folder import FEW, Crash, at_the, config, crash, in_a_killed_process, layer_files, saved
 
 import hf_guidedquant
+from hf_guidedquant import pipeline
 from hf_guidedquant.calibration import passes
 from hf_guidedquant.errors import CalibrationError, FolderMismatchError, FolderUnusableError
+from hf_guidedquant.fingerprint import environment
 from hf_guidedquant.layer_folder import LayerFolder
 
 
@@ -241,5 +244,14 @@ def test_a_hub_repository_without_network_is_a_clear_error():
 def test_the_record_tells_what_the_folder_is(kept):
     record = json.loads((kept / "statistics.json").read_text())
     assert "GuidedQuantConfig(statistics=...)" in record["about"]
-    assert record["made_with"]["rows"] == 8
-    assert record["made_with"]["versions"]["torch"] == torch.__version__
+    assert record["data"]["rows"] == 8
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+
+
+def test_statistics_from_another_environment_are_used_and_the_difference_is_told(kept, monkeypatch, caplog, collected):
+    logging.getLogger("hf_guidedquant").propagate = True
+    monkeypatch.setattr(pipeline, "environment", lambda model: {**environment(model), "attention": "eager"})
+    with caplog.at_level(logging.INFO, logger="hf_guidedquant"):
+        quantize(kept, bits=3)
+    assert "attention was sdpa, is eager" in caplog.text
+    assert not collected

@@ -46,10 +46,14 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("hf-guidedquant", "torch", "transformers")}
 
 
-def devices(model: PreTrainedModel) -> list[str]:
-    """The kinds of device that a model's weights lie on."""
-    found = {parameter.device for parameter in model.parameters()}
-    return sorted({torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in found})
+def environment(model: PreTrainedModel) -> dict[str, Any]:
+    """What can change the rounding of sums: versions, the kinds of device that the weights lie on, the attention."""
+    places = {parameter.device for parameter in model.parameters()}
+    return {
+        "versions": versions(),
+        "devices": sorted({torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in places}),
+        "attention": getattr(model.config, "_attn_implementation", None),
+    }
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

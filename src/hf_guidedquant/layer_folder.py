@@ -103,7 +103,7 @@ class LayerFolder:
         Raises:
             FolderMismatchError: Naming each difference.
         """
-        changes = _differences(kept, json.loads(json.dumps(now)))
+        changes = differences(kept, json.loads(json.dumps(now)))
         if changes:
             raise FolderMismatchError(self._named(), changes, self.setting)
 
@@ -186,10 +186,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _differences(kept: Any, now: Any, name: str = "the record") -> list[str]:
+def differences(kept: Any, now: Any, name: str = "the record") -> list[str]:
     """What differs between two JSON values, as ``seed was 0, is 1``."""
     if isinstance(kept, dict) and isinstance(now, dict):
-        return [line for key in {**kept, **now} for line in _differences(kept.get(key), now.get(key), key)]
+        return [line for key in {**kept, **now} for line in differences(kept.get(key), now.get(key), key)]
     return [] if kept == now else [f"{name} was {_short(kept)}, is {_short(now)}"]
 
 

@@ -18,7 +18,7 @@ from .calibration import Calibration, StatisticsStore, divided, gather, load_row
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
-from .fingerprint import devices, model_fingerprint, versions
+from .fingerprint import environment, model_fingerprint, versions
 from .formats import lut as lut_format
 from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
@@ -105,8 +105,8 @@ def _begin(
         # A batch is solved whole or not at all: in parts, its products could round differently.
         work = [batch for batch in work if any(layer.name not in finished for layer in batch)]
     if store is not None and calibration is not None and work:
-        made_with = {"versions": versions(), "devices": devices(model)} | calibration.summary()
-        store.begin(statistics_identity(fingerprint, config, calibration), made_with, chain(*work))
+        identity = statistics_identity(fingerprint, config, calibration)
+        store.begin(identity, environment(model), calibration.summary(), chain(*work))
     return work, finished
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import GuidedQuantConfig
-from .fingerprint import devices, tokenizer_fingerprint, versions
+from .fingerprint import environment, tokenizer_fingerprint
 from .layer_folder import LayerFolder
 from .plan import LayerPlan, Plan
 from .report import LayerReport
@@ -143,9 +143,7 @@ def run_identity(
         "run folder format": _FOLDER_FORMAT,
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "model": dict(fingerprint),
-        "attention": getattr(model.config, "_attn_implementation", None),
         "data": data,
-        "versions": versions(),
-        "devices": devices(model),
+        "environment": environment(model),
         "layers": {layer.name: f"{layer.bits} bits by {layer.method}" for layer in plan.layers},
     }

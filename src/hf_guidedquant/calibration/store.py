@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from ..config import GuidedQuantConfig
 from ..errors import CalibrationError
-from ..layer_folder import LayerFolder
+from ..layer_folder import LayerFolder, differences
 from ..plan import LayerPlan
 from .collector import LayerStatistics
 from .rows import Calibration
@@ -45,12 +45,19 @@ class StatisticsStore:
         self._folder, self._writable, self._until_the_end = folder, writable, until_the_end
         self._locked = False
 
-    def begin(self, identity: Mapping[str, Any], made_with: Mapping[str, Any], layers: Iterable[LayerPlan]) -> None:
+    def begin(
+        self,
+        identity: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        data: Mapping[str, Any],
+        layers: Iterable[LayerPlan],
+    ) -> None:
         """Check that the statistics are of this model and data, or get ready to fill the folder.
 
         Args:
             identity: What statistics depend on (:func:`statistics_identity`).
-            made_with: Anything else worth knowing about them.
+            environment: What their rounding depends on. A difference is logged.
+            data: What else is worth knowing about the calibration data.
             layers: The layers whose statistics will be needed.
 
         Raises:
@@ -65,9 +72,12 @@ class StatisticsStore:
         record = self._folder.record()
         if record is not None:
             self._folder.check_identity(record["identity"], identity)
+            changes = differences(record.get("environment"), dict(environment))
+            if changes:
+                logger.info("The statistics can differ in rounding from new ones: %s.", "; ".join(changes))
         elif self._writable:
             self._lock()
-            self._folder.write_record({"about": _ABOUT, "identity": identity, "made_with": made_with})
+            self._folder.write_record({"about": _ABOUT, "identity": identity, "environment": environment, "data": data})
         else:
             raise CalibrationError(f"The repository has no intact {_RECORD}, so it holds no statistics to use.")
         logger.info("Statistics of %d of %d layers are kept in %s.", there, len(names), self._folder.path)

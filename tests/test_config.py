@@ -60,6 +60,11 @@ def test_bad_overrides_are_refused(overrides):
         GuidedQuantConfig(overrides=overrides)
 
 
+def test_a_run_and_statistics_need_folders_of_their_own(tmp_path):
+    with pytest.raises(ConfigError, match="another folder than run_dir"):
+        GuidedQuantConfig(run_dir=tmp_path, statistics=f"{tmp_path}/a/..")
+
+
 def test_a_misspelt_field_is_an_error_for_the_user():
     with pytest.raises(TypeError, match="bit"):
         GuidedQuantConfig(bit=2)

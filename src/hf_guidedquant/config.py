@@ -132,6 +132,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_gibibytes("hessian_memory", self.hessian_memory)
         _check_folder("run_dir", self.run_dir)
         _check_folder("statistics", self.statistics)
+        if self.run_dir and self.statistics and os.path.realpath(self.run_dir) == os.path.realpath(self.statistics):
+            raise ConfigError("statistics", self.statistics, "another folder than run_dir")
         _check_patterns("modules_to_not_convert", self.modules_to_not_convert)
         _check_overrides(self.overrides)
         _check_format_version(self.format_version)

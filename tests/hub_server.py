@@ -95,7 +95,8 @@ class HubServer:
     def add_folder(self, name: str, folder: Path) -> None:
         """A repository that holds the files of ``folder``."""
         repository = self.repositories[name] = Repository()
-        repository.add("main", {path.name: path.read_bytes() for path in folder.iterdir()})
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        repository.add("main", {path.relative_to(folder).as_posix(): path.read_bytes() for path in files})
 
     def find(self, name: str) -> Repository:
         if name not in self.repositories:

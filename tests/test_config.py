@@ -35,6 +35,9 @@ def test_bits_outside_the_range_are_refused_by_name(bits):
         ("gradient_checkpointing", "yes"),
         ("cache_dequantized", None),
         ("fuse_layers", 1),
+        ("run_dir", ""),
+        ("run_dir", True),
+        ("statistics", 3),
         ("modules_to_not_convert", "lm_head"),
         ("modules_to_not_convert", [""]),
         ("modules", []),
@@ -57,6 +60,11 @@ def test_bad_overrides_are_refused(overrides):
         GuidedQuantConfig(overrides=overrides)
 
 
+def test_a_run_and_statistics_need_folders_of_their_own(tmp_path):
+    with pytest.raises(ConfigError, match="another folder than run_dir"):
+        GuidedQuantConfig(run_dir=tmp_path, statistics=f"{tmp_path}/a/..")
+
+
 def test_a_misspelt_field_is_an_error_for_the_user():
     with pytest.raises(TypeError, match="bit"):
         GuidedQuantConfig(bit=2)
@@ -64,7 +72,12 @@ def test_a_misspelt_field_is_an_error_for_the_user():
 
 def test_what_is_saved_is_the_persisted_part_and_survives_json():
     config = GuidedQuantConfig(
-        bits=3, dataset=["secret text"], tokenizer="/secret/path", overrides={"*.a": {"bits": 2}}
+        bits=3,
+        dataset=["secret text"],
+        tokenizer="/secret/path",
+        run_dir="/secret/run",
+        statistics="hf://secret/statistics",
+        overrides={"*.a": {"bits": 2}},
     )
     saved = json.loads(json.dumps(config.to_dict()))
     assert set(saved) == {*PERSISTED, "quant_method"}
@@ -77,6 +90,8 @@ def test_a_checkpoint_cannot_name_data_tokenizers_or_patterns(caplog):
         "modules": {"a": {"bits": 2}},
         "dataset": "evil/data",
         "tokenizer": "evil/tokenizer",
+        "run_dir": "/etc",
+        "statistics": "hf://evil/statistics",
         "overrides": {"(a+)+$": {"bits": 2}},
         "brand_new_key": 1,
     }
@@ -84,7 +99,8 @@ def test_a_checkpoint_cannot_name_data_tokenizers_or_patterns(caplog):
     with caplog.at_level(logging.WARNING, logger="hf_guidedquant"):
         config = GuidedQuantConfig.from_dict(hostile)
     assert (config.dataset, config.tokenizer, config.overrides) == ("builtin", None, {})
-    for key in ("dataset", "tokenizer", "overrides", "brand_new_key"):
+    assert config.run_dir is config.statistics is None
+    for key in ("dataset", "tokenizer", "run_dir", "statistics", "overrides", "brand_new_key"):
         assert key in caplog.text
 
 

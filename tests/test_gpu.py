@@ -52,6 +52,20 @@ def test_the_same_seed_gives_the_same_tensors(dtype):
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_layers_and_statistics_give_the_same_tensors(dtype, tmp_path):
+    """With gaps: half of the layers are taken from the folder, the others are solved with kept statistics."""
+    dense = tiny_model().to("cuda", dtype)
+    expected = hf_guidedquant.quantize(copy.deepcopy(dense), config()).state_dict()
+    folders = {"run_dir": tmp_path / "run", "statistics": tmp_path / "statistics"}
+    for _ in range(2):
+        found = hf_guidedquant.quantize(copy.deepcopy(dense), config(**folders)).state_dict()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]) and tensor.device == found[name].device, name
+        for path in sorted((tmp_path / "run" / "layers").iterdir())[::2]:
+            path.unlink()
+
+
 def test_hessians_agree_with_the_cpu():
     rows, found = token_rows(), {}
     for device in ("cpu", "cuda"):

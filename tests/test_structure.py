@@ -15,6 +15,8 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 # A room may import from the rooms before it. `formats` and `solvers` never import each other.
 ROOMS = [
     "errors",
+    "fingerprint",
+    "layer_folder",
     "codes",
     "triton_kernels",
     "decoding",
@@ -32,6 +34,7 @@ ROOMS = [
     "report",
     "companions",
     "solving",
+    "run_folder",
     "pipeline",
     "quantizer",
 ]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             further pass. Default: 40 % of the memory that is free on their device.
         gradient_checkpointing: Keep only one decoder block's activations during the backward pass. Default: only if
             the activations of one row would take more than a quarter of the free memory.
+        run_dir: A folder that keeps every finished layer, so that the same call goes on after a crash or a kill, with
+            the same result to the byte. Refused if anything that the result depends on has changed. Not saved with
+            the model; delete it when that is saved.
+        statistics: A folder that keeps the Hessians. Later runs on the same model and data, with other bits or
+            another method, need no pass over the data. Or ``"hf://owner/name"``, a Hub repository with the contents
+            of such a folder, which is only read. Not saved with the model.
         cache_dequantized: Keep a dense copy of every quantized weight in memory beside the packed one. A CPU then
             generates at the dense model's speed, for the dense model's memory. Not saved with the model.
         fuse_layers: Multiply layers that read the same activations (q, k, v; gate, up) in one product, where the
@@ -96,6 +103,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     seed: int = 0
     hessian_memory: float | None = None
     gradient_checkpointing: bool | None = None
+    run_dir: str | os.PathLike | None = None
+    statistics: str | os.PathLike | None = None
     cache_dequantized: bool = False
     fuse_layers: bool = True
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,6 +130,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         if self.gradient_checkpointing is not None:
             _check_bool("gradient_checkpointing", self.gradient_checkpointing)
         _check_gibibytes("hessian_memory", self.hessian_memory)
+        _check_folder("run_dir", self.run_dir)
+        _check_folder("statistics", self.statistics)
+        if self.run_dir and self.statistics and os.path.realpath(self.run_dir) == os.path.realpath(self.statistics):
+            raise ConfigError("statistics", self.statistics, "another folder than run_dir")
         _check_patterns("modules_to_not_convert", self.modules_to_not_convert)
         _check_overrides(self.overrides)
         _check_format_version(self.format_version)
@@ -216,6 +229,11 @@ def _check_gibibytes(field_name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(field_name, value, "None or a positive number of GiB")
+
+
+def _check_folder(field_name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, str | os.PathLike) and os.fspath(value)):
+        raise ConfigError(field_name, value, "None or the path of a folder")
 
 
 def _check_patterns(field_name: str, value: object) -> None:

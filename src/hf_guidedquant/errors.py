@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 
-def listed(names: Iterable[str], shown: int = 5) -> str:
+def listed(names: Iterable[str], shown: int = 5, separator: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return separator.join(names[:shown]) + more
 
 
 class GuidedQuantError(Exception):
@@ -67,6 +67,28 @@ class CheckpointError(GuidedQuantError, ValueError):
 
 class OutputFolderError(GuidedQuantError, FileExistsError):
     """The folder to write to exists and is not empty."""
+
+
+class FolderUnusableError(GuidedQuantError, OSError):
+    """A folder of a run, or of kept statistics, is in use by another process, cannot be written to, or is full."""
+
+    def __init__(self, folder: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{folder}: {problem}. {remedy}")
+
+
+class FolderMismatchError(GuidedQuantError, ValueError):
+    """A folder holds the work of another run, or statistics of another model or other data.
+
+    Attributes:
+        changes: What differs, like ``"seed was 0, is 1"``.
+    """
+
+    def __init__(self, folder: str, changes: Iterable[str], setting: str) -> None:
+        self.changes = list(changes)
+        super().__init__(
+            f"{folder} was filled under other conditions: {listed(self.changes, 6, '; ')}. "
+            f"Undo that change, set {setting} to another folder, or delete this one."
+        )
 
 
 class DecodingError(GuidedQuantError, ValueError):

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
@@ -15,15 +14,18 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from .calibration import Calibration, gather, load_rows, windows
+from .calibration import Calibration, StatisticsStore, divided, gather, load_rows, open_statistics, windows
+from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
+from .fingerprint import environment, model_fingerprint, versions
 from .formats import lut as lut_format
 from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
-from .plan import Plan, plan
-from .report import LayerReport, Report
+from .plan import LayerPlan, Plan, plan
+from .report import Report
 from .resources import reproducible
+from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_layers
 
 logger = logging.getLogger(__name__)
@@ -43,44 +45,86 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         ModelError: The model cannot be quantized (quantized before, NaN weights, offloaded weights, no linears).
         CalibrationError: The data cannot be used.
         HessianError: A layer's statistics are NaN or infinite.
+        FolderMismatchError: ``run_dir`` or ``statistics`` was filled under other conditions.
+        FolderUnusableError: Another process uses the folder, or it cannot be written to.
     """
     check_model(model)
     layers_plan = plan(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
     seconds: dict[str, float] = {}
-    packed: dict[str, dict[str, Tensor]] = {}
-    reports: dict[str, LayerReport] = {}
-    with reproducible():
+    with (
+        reproducible(),
+        open_run_folder(config.run_dir) as run_folder,
+        open_statistics(config.statistics) as store,
+    ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
-        passes = windows(model, batches(model, layers_plan.layers), config)
+            work, finished = _begin(model, config, layers_plan, calibration, run_folder, store)
+        passes = windows(model, work, config)
         for index, window in enumerate(passes, start=1):
             which = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with _timed("calibration", seconds):
-                statistics = gather(model, list(chain(*window)), calibration, config, "Calibrating" + which)
+                statistics = gather(model, list(chain(*window)), calibration, config, "Calibrating" + which, store)
             with _timed("solving", seconds):
                 for layer, codes, report in solve_layers(model, window, statistics, config, "Solving" + which):
-                    packed[layer.name], reports[layer.name] = lut_format.encode(codes), report
-    packed_bytes = sum(tensor.nbytes for tensors in packed.values() for tensor in tensors.values())
+                    if layer.name in finished:
+                        continue
+                    finished[layer.name] = lut_format.encode(codes), report
+                    if run_folder is not None:
+                        run_folder.commit(*finished[layer.name])
+    summary = _summary(model, layers_plan, finished, seconds)
+    config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
+    config.provenance = _provenance(model, config, calibration)
+    summary.settings = config.to_dict()
+    for layer in layers_plan.layers:
+        module: Any = model.get_submodule(layer.name)
+        tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
+        replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
+    logger.info("Quantized %s\n%s", summary.model, summary.table())
+    return summary
+
+
+def _begin(
+    model: PreTrainedModel,
+    config: GuidedQuantConfig,
+    layers_plan: Plan,
+    calibration: Calibration | None,
+    run_folder: RunFolder | None,
+    store: StatisticsStore | None,
+) -> tuple[list[list[LayerPlan]], dict[str, Finished]]:
+    """The batches of layers that are still to be solved, and the layers that an interrupted run has finished."""
+    work = divided(model, batches(model, layers_plan.layers), config)
+    if run_folder is None and store is None:
+        return work, {}
+    finished: dict[str, Finished] = {}
+    fingerprint = model_fingerprint(model)
+    if run_folder is not None:
+        identity = run_identity(model, fingerprint, config, layers_plan, calibration)
+        work = run_folder.begin(identity, layers_plan, work)
+        finished = run_folder.finished(layers_plan)
+        # A batch is solved whole or not at all: in parts, its products could round differently.
+        work = [batch for batch in work if any(layer.name not in finished for layer in batch)]
+    if store is not None and calibration is not None and work:
+        identity = statistics_identity(fingerprint, config, calibration)
+        store.begin(identity, environment(model), calibration.summary(), chain(*work))
+    return work, finished
+
+
+def _summary(
+    model: PreTrainedModel, layers_plan: Plan, finished: dict[str, Finished], seconds: dict[str, float]
+) -> Report:
+    """The report of a model whose layers are solved, but not replaced yet."""
+    packed_bytes = sum(tensor.nbytes for tensors, _ in finished.values() for tensor in tensors.values())
     weights = [stored_weight(model.get_submodule(layer.name)) for layer in layers_plan.layers]
-    summary = Report(
+    return Report(
         model=type(model).__name__,
-        layers=[reports[layer.name] for layer in layers_plan.layers],
+        layers=[finished[layer.name][1] for layer in layers_plan.layers],
         skipped=layers_plan.skipped,
         dense_bytes=layers_plan.dense_bytes,
         quantized_bytes=layers_plan.dense_bytes - sum(weight.nbytes for weight in weights) + packed_bytes,
         bits_per_weight=8 * packed_bytes / sum(weight.numel() for weight in weights),
         seconds=seconds,
     )
-    del weights
-    for layer in layers_plan.layers:
-        bias: Any = model.get_submodule(layer.name).bias
-        replace_module(model, layer.name, GuidedLinear.from_tensors(packed.pop(layer.name), layer.in_features, bias))
-    config.modules = {layer.name: reports[layer.name].settings(config) for layer in layers_plan.layers}
-    config.provenance = _provenance(model, config, calibration)
-    summary.settings = config.to_dict()
-    logger.info("Quantized %s\n%s", summary.model, summary.table())
-    return summary
 
 
 @contextmanager
@@ -182,18 +226,10 @@ def _is_hub_name(origin: str) -> bool:
 
 def _provenance(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> dict[str, Any]:
     """Where the model came from, without texts, paths or tokens."""
-    packages = ("hf-guidedquant", "torch", "transformers")
-    found: dict[str, Any] = {"versions": {package: version(package) for package in packages}}
+    found: dict[str, Any] = {"versions": versions()}
     origin = str(getattr(model, "name_or_path", ""))
     if _is_hub_name(origin):
         found["base_model"] = origin
     if calibration is not None:
-        found |= {
-            "calibration": calibration.source,
-            "sha256": calibration.sha256(),
-            "rows": len(calibration.rows),
-            "tokens": calibration.tokens,
-            "seq_len": max(row.numel() for row in calibration.rows),
-            "seed": config.seed,
-        }
+        found |= calibration.summary() | {"seed": config.seed}
     return found

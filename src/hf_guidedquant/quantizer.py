@@ -17,6 +17,7 @@ from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
+from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class GuidedQuantizer(HfQuantizer):
             return
         pipeline.check_grad_mode()
         check_dataset(self.quantization_config.dataset)
+        with open_run_folder(self.quantization_config.run_dir):
+            pass  # A folder that cannot be used must not be noticed after the weights are loaded.
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ModelError(
@@ -109,7 +112,7 @@ class GuidedQuantizer(HfQuantizer):
         config = self.quantization_config
         report = pipeline.run(model, config, freshly_loaded)
         # The config stays on the model: the data must not.
-        config.dataset, config.tokenizer = "builtin", None
+        config.dataset, config.tokenizer, config.run_dir, config.statistics = "builtin", None, None, None
         model.config.quantization_config = config
         self._prepare_layers(model)
         companions.attach_saving(model, report)

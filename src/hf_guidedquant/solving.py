@@ -13,7 +13,7 @@ from .calibration import LayerStatistics
 from .codes import Codes
 from .config import GuidedQuantConfig
 from .formats import lut as lut_format
-from .linears import dense_weight
+from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
 from .solvers import SOLVERS, SolverSpec
@@ -69,14 +69,17 @@ def _solve_batch(
     """Codes and reports of layers that share shape, method, bits, groups and device. Empties ``statistics``."""
     one = batch[0]
     groups = one.num_groups
-    weights = [dense_weight(model.get_submodule(layer.name)).float() for layer in batch]
+    modules = [model.get_submodule(layer.name) for layer in batch]
+    # One device, also where a run goes on with its layers placed otherwise than when it started.
+    device = stored_weight(modules[0]).device
+    weights = [dense_weight(module).to(device, torch.float32) for module in modules]
     grouped = torch.cat([_group_rows(weight, groups) for weight in weights])  # [layers * g, R, K]
     notes = [Conditioning(weight.new_zeros(groups)) for weight in weights]
     bad_rows = [0] * len(batch)
     parts = []
     for index, (layer, found) in enumerate(zip(batch, statistics, strict=True)):
         if found is not None:
-            part, notes[index] = condition(found.hessian, layer.name)
+            part, notes[index] = condition(found.hessian.to(device), layer.name)
             parts.append(part)
             bad_rows[index] = int(found.bad_rows)
     statistics.clear()

@@ -43,15 +43,21 @@ class LayerStatistics:
     Attributes:
         hessian: fp32, ``[g, K, K]``, or its diagonal ``[g, K]``. The sum over tokens, not normalised.
         bad_rows: Rows left out because this layer, or the loss, was NaN or infinite (int64 scalar, on device).
+        diagonal: fp32 ``[g, K]``: the diagonal of a full Hessian once more, added up the way it is where only the
+            diagonal is needed, which rounds differently. None unless the statistics are to be kept for any method.
     """
 
     hessian: Tensor
     bad_rows: Tensor
+    diagonal: Tensor | None = None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], device: torch.device) -> "LayerStatistics":
+    def empty(cls, shape: tuple[int, ...], device: torch.device, for_any_method: bool = False) -> "LayerStatistics":
         """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
-        return cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        statistics = cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        if for_any_method and len(shape) == 3:
+            statistics.diagonal = torch.zeros(shape[:2], device=device)
+        return statistics
 
     def add(self, x: Tensor, weights: Tensor | None, valid: Tensor) -> None:
         """Add a row's tokens, unless anything of them is NaN or infinite.
@@ -71,17 +77,15 @@ class LayerStatistics:
         # Selections on the device instead of a branch on the host: a bad row contributes exact zeros.
         x = torch.where(good, x, 0.0)
         roots = None if weights is None else torch.where(good, weights, 0.0).sqrt()
-        # A diagonal costs too little to round for it.
-        dtype = torch.float32 if self.hessian.dim() == 2 else product_dtype(x, weighted=roots is not None)
-        scaled = torch.empty_like(x, dtype=dtype)
+        scaled = torch.empty_like(x, dtype=product_dtype(x, weighted=roots is not None))
         for group, total in enumerate(self.hessian):
-            if roots is None:
-                scaled.copy_(x)
-            else:
-                torch.mul(x, roots[:, group : group + 1], out=scaled)
-            if total.dim() == 1:
-                total += scaled.square().sum(dim=0)
-            else:
+            root = 1.0 if roots is None else roots[:, group : group + 1]
+            diagonal = total if total.dim() == 1 else None if self.diagonal is None else self.diagonal[group]
+            if diagonal is not None:
+                # Too little work to round anything for it.
+                diagonal += (x.float() * root).square().sum(dim=0)
+            if total.dim() == 2:
+                torch.mul(x, root, out=scaled)
                 add_gram(total, scaled)
 
 

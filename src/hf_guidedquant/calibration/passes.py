@@ -13,24 +13,23 @@ from ..plan import LayerPlan
 from ..resources import free_memory
 from .collector import LayerStatistics, collect
 from .rows import Calibration
+from .store import StatisticsStore
 
 # Shares of a device's free memory that Hessians, and one row's activations, may take by default.
 _HESSIAN_SHARE, _ACTIVATION_SHARE = 0.4, 0.25
 
 
-def windows(
+def divided(
     model: PreTrainedModel, batches: Iterable[list[LayerPlan]], config: GuidedQuantConfig
-) -> list[list[list[LayerPlan]]]:
-    """Group the solver's batches into windows whose statistics fit the memory budget of each device.
+) -> list[list[LayerPlan]]:
+    """The solver's batches, those whose statistics exceed the memory budget of their device cut into parts.
 
     A batch stays whole wherever it fits, so that the budget does not change the result.
 
     Raises:
         ModelError: One layer's statistics alone are larger than the memory that is free.
     """
-    found: list[list[list[LayerPlan]]] = [[]]
-    used: dict[torch.device, int] = {}
-    budgets: dict[torch.device, int] = {}
+    found = []
     for batch in batches:
         device = stored_weight(model.get_submodule(batch[0].name)).device
         need = batch[0].statistics_bytes
@@ -40,17 +39,33 @@ def windows(
                 f"The Hessians of {batch[0].name} take {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free "
                 f"on {device}. Lower num_groups ({config.num_groups}), or leave the layer out."
             )
-        if device not in budgets:
-            limit = None if config.hessian_memory is None else config.hessian_memory * 2**30
-            budgets[device] = int(limit or _HESSIAN_SHARE * free)
-        fitting = max(1, budgets[device] // max(1, need))
-        for part in (batch[k : k + fitting] for k in range(0, len(batch), fitting)):
-            if found[-1] and used.get(device, 0) + len(part) * need > budgets[device]:
-                found.append([])
-                used = {}
-            found[-1].append(part)
-            used[device] = used.get(device, 0) + len(part) * need
+        fitting = max(1, _budget(device, config) // max(1, need))
+        found += [batch[k : k + fitting] for k in range(0, len(batch), fitting)]
     return found
+
+
+def windows(
+    model: PreTrainedModel, batches: Iterable[list[LayerPlan]], config: GuidedQuantConfig
+) -> list[list[list[LayerPlan]]]:
+    """Group batches into windows, a pass over the data each, whose statistics fit the memory budget of each device."""
+    found: list[list[list[LayerPlan]]] = []
+    used: dict[torch.device, int] = {}
+    for batch in batches:
+        device = stored_weight(model.get_submodule(batch[0].name)).device
+        need = len(batch) * batch[0].statistics_bytes
+        if not found or used.get(device, 0) + need > _budget(device, config):
+            found.append([])
+            used = {}
+        found[-1].append(batch)
+        used[device] = used.get(device, 0) + need
+    return found
+
+
+def _budget(device: torch.device, config: GuidedQuantConfig) -> int:
+    """Bytes that statistics on ``device`` may take."""
+    if config.hessian_memory is not None:
+        return int(config.hessian_memory * 2**30)
+    return int(_HESSIAN_SHARE * free_memory(device))
 
 
 def gather(
@@ -59,16 +74,25 @@ def gather(
     calibration: Calibration | None,
     config: GuidedQuantConfig,
     title: str = "Calibrating",
+    store: StatisticsStore | None = None,
 ) -> dict[str, LayerStatistics]:
-    """Statistics of the layers of a window, by name; layers whose method needs none are left out."""
+    """Statistics of the layers of a window, by name; layers whose method needs none are left out.
+
+    What ``store`` has is taken from there, and the rest is kept there; no pass is made if nothing is missing.
+    """
     watched = {layer.name: layer for layer in window if layer.statistics != "none"}
-    if calibration is None or not watched:
-        return {}
     modules = {name: model.get_submodule(name) for name in watched}
+    found: dict[str, LayerStatistics] = {}
+    if store is not None:
+        loaded = {name: store.load(layer, stored_weight(modules[name]).device) for name, layer in watched.items()}
+        found = {name: kept for name, kept in loaded.items() if kept is not None}
     statistics = {
-        name: LayerStatistics.empty(layer.statistics_shape, stored_weight(modules[name]).device)
+        name: LayerStatistics.empty(layer.statistics_shape, stored_weight(modules[name]).device, store is not None)
         for name, layer in watched.items()
+        if name not in found
     }
+    if calibration is None or not statistics:
+        return found
     checkpointing = config.gradient_checkpointing
     if checkpointing is None:
         device = stored_weight(next(iter(modules.values()))).device
@@ -77,14 +101,17 @@ def gather(
     with tqdm(total=calibration.tokens, desc=title, unit="token", unit_scale=True) as bar:
         collect(
             model,
-            modules,
+            {name: modules[name] for name in statistics},
             statistics,
             calibration.rows,
             guided=config.guided,
             checkpointing=checkpointing,
             on_row=bar.update,
         )
-    return statistics
+    if store is not None:
+        for name, collected in statistics.items():
+            store.save(name, collected)
+    return found | statistics
 
 
 def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from typing import Any
@@ -32,12 +32,14 @@ class Calibration:
         source: What kind of data it was: a named set, ``"texts"``, ``"chats"``, ``"text file"`` or ``"token rows"``.
         requested: Rows that were asked for.
         dropped: Reason -> number of rows or texts that were left out.
+        tokenizer: What read the texts; None for token rows.
     """
 
     rows: list[Tensor]
     source: str
     requested: int
     dropped: dict[str, int] = field(default_factory=dict)
+    tokenizer: Any = field(default=None, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -50,6 +52,16 @@ class Calibration:
             digest.update(row.numel().to_bytes(8, "little"))
             digest.update(row.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """What may be told about the data: no texts, no paths."""
+        return {
+            "calibration": self.source,
+            "sha256": self.sha256(),
+            "rows": len(self.rows),
+            "tokens": self.tokens,
+            "seq_len": max(row.numel() for row in self.rows),
+        }
 
     def describe(self) -> str:
         """One line for the log: what was kept, what was dropped, and why."""
@@ -109,6 +121,8 @@ def load_rows(
         calibration = Calibration(rows, source, num_samples)
     else:
         calibration = _from_texts(items, tokenizer, source, num_samples, seq_len, generator)
+    if source != "token rows":
+        calibration = replace(calibration, tokenizer=tokenizer)
     if not calibration.rows:
         raise CalibrationError(f"No calibration rows are left. {calibration.describe()} Use more or longer texts.")
     longest = max(row.numel() for row in calibration.rows)

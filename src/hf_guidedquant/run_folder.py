@@ -1,0 +1,149 @@
+"""The folder of a run (``run_dir``): every layer that is finished is kept there, so that a killed run goes on.
+
+run_dir/run.json   what the run depends on, and which layers are solved together
+run_dir/layers/*   one file per finished layer: its packed tensors and its entry of the report
+run_dir/lock       held by the process that is at work
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .calibration import Calibration
+from .config import GuidedQuantConfig
+from .fingerprint import environment, tokenizer_fingerprint
+from .layer_folder import LayerFolder
+from .plan import LayerPlan, Plan
+from .report import LayerReport
+
+logger = logging.getLogger(__name__)
+
+_FOLDER_FORMAT = 1
+_ABOUT = (
+    "A run of hf-guidedquant. The same call with the same run_dir goes on where it was interrupted. "
+    "Delete this folder when the model is saved."
+)
+_SETTINGS = (
+    "bits",
+    "method",
+    "guided",
+    "num_groups",
+    "lnq_iterations",
+    "lnq_cycles",
+    "kmeans_iterations",
+    "modules_to_not_convert",
+    "num_samples",
+    "seq_len",
+    "seed",
+    "format_version",
+)
+
+# A layer's packed tensors, and its entry of the report.
+Finished = tuple[dict[str, Tensor], LayerReport]
+
+
+class RunFolder:
+    """What earlier processes of a run have finished, and the place for what this one finishes."""
+
+    def __init__(self, folder: LayerFolder) -> None:
+        self._folder = folder
+
+    def begin(
+        self,
+        identity: Mapping[str, Any],
+        plan: Plan,
+        batches: Sequence[list[LayerPlan]],
+    ) -> list[list[LayerPlan]]:
+        """Start a run, or go on with it.
+
+        Args:
+            identity: What the result depends on (:func:`run_identity`).
+            plan: The layers of the run.
+            batches: The layers to solve together, if the run starts now.
+
+        Returns:
+            The batches to solve the layers in. Products of another batch size can round differently, so these are the
+            batches that the run started with, whatever memory is free today.
+
+        Raises:
+            FolderMismatchError: The folder belongs to a run with another result. The message names the differences.
+        """
+        record = self._folder.record()
+        if record is None:
+            names = [[layer.name for layer in batch] for batch in batches]
+            record = {"about": _ABOUT, "identity": identity, "batches": names}
+            self._folder.write_record(record)
+        else:
+            self._folder.check_identity(record["identity"], identity)
+        layers = {layer.name: layer for layer in plan.layers}
+        return [[layers[name] for name in batch] for batch in record["batches"]]
+
+    def finished(self, plan: Plan) -> dict[str, Finished]:
+        """The layers that are finished, by name, in any order and with any gaps; tensors on the CPU."""
+        found = {}
+        for layer in plan.layers:
+            kept = self._folder.load(layer.name)
+            if kept is not None:
+                tensors, facts = kept
+                found[layer.name] = tensors, LayerReport(plan=layer, **facts)
+        if found:
+            logger.info("%d of %d layers are finished in %s.", len(found), len(plan.layers), self._folder.path)
+        return found
+
+    def commit(self, tensors: dict[str, Tensor], report: LayerReport) -> None:
+        """Keep a finished layer.
+
+        Raises:
+            FolderUnusableError: The disk is full or read-only. The layers kept before are unharmed.
+        """
+        facts = asdict(report)
+        del facts["plan"]
+        self._folder.save(report.plan.name, tensors, facts)
+
+
+@contextmanager
+def open_run_folder(path: str | os.PathLike | None) -> Iterator[RunFolder | None]:
+    """The folder of a run, held for this process; None for None.
+
+    Raises:
+        FolderUnusableError: Another process is at work there, or the folder cannot be written to.
+    """
+    if path is None:
+        yield None
+        return
+    folder = LayerFolder(path, "run.json", "run_dir")
+    with folder.locked():
+        yield RunFolder(folder)
+
+
+def run_identity(
+    model: PreTrainedModel,
+    fingerprint: Mapping[str, str],
+    config: GuidedQuantConfig,
+    plan: Plan,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """All that the saved files depend on, in words that a message can use.
+
+    ``fingerprint`` is the model's (:func:`model_fingerprint`).
+    """
+    data = {}
+    if calibration is not None:
+        data = {
+            "calibration data": calibration.sha256(),
+            "tokenizer": tokenizer_fingerprint(calibration.tokenizer),
+        }
+    return {
+        "run folder format": _FOLDER_FORMAT,
+        "settings": {name: getattr(config, name) for name in _SETTINGS},
+        "model": dict(fingerprint),
+        "data": data,
+        "environment": environment(model),
+        "layers": {layer.name: f"{layer.bits} bits by {layer.method}" for layer in plan.layers},
+    }

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, file_exists
 from torch import nn
 
 from .report import Report, model_card
+from .workers import Workers
 
 CARD_FILE = "README.md"
 
@@ -29,9 +30,11 @@ def attach_saving(model: nn.Module, report: Report | None) -> None:
 
 
 def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
-    """``PreTrainedModel.save_pretrained``, and the companions."""
+    """``PreTrainedModel.save_pretrained``, and the companions. Of several processes the first one saves."""
+    if not kwargs.get("is_main_process", Workers().first):
+        return None
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if _is_quantized(self) and kwargs.get("is_main_process", True):
+    if _is_quantized(self):
         folder = Path(save_directory)
         if not (folder / CARD_FILE).exists():
             _write_card(self, folder, folder.name)

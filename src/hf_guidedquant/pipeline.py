@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from itertools import chain
 from typing import Any
 
@@ -13,20 +14,21 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from .calibration import Calibration, StatisticsStore, divided, gather, load_rows, open_statistics, windows
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
-from .formats import lut as lut_format
 from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan
 from .report import Report
 from .resources import reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
-from .solving import batches, solve_layers
+from .solving import batches, solve_together
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -48,30 +50,37 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         FolderMismatchError: ``run_dir`` or ``statistics`` was filled under other conditions.
         FolderUnusableError: Another process uses the folder, or it cannot be written to.
     """
+    workers = Workers()
+    if not workers.first:
+        disable_progress_bar()
     check_model(model)
     layers_plan = plan(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
     seconds: dict[str, float] = {}
     with (
         reproducible(),
-        open_run_folder(config.run_dir) as run_folder,
-        open_statistics(config.statistics) as store,
+        open_run_folder(config.run_dir if workers.first else None) as run_folder,
+        open_statistics(config.statistics if workers.first else None) as store,
     ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
+            workers.check_agreement(_common(model, config, layers_plan, calibration))
             work, finished = _begin(model, config, layers_plan, calibration, run_folder, store)
-        passes = windows(model, work, config)
+            passes, finished = workers.tell((windows(model, work, config), finished), 0)
         for index, window in enumerate(passes, start=1):
             which = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with _timed("calibration", seconds):
-                statistics = gather(model, list(chain(*window)), calibration, config, "Calibrating" + which, store)
+                layers = list(chain(*window))
+                statistics = gather(model, layers, calibration, config, "Calibrating" + which, store, workers)
             with _timed("solving", seconds):
-                for layer, codes, report in solve_layers(model, window, statistics, config, "Solving" + which):
-                    if layer.name in finished:
+                solved = solve_together(model, window, statistics, config, "Solving" + which, workers)
+                for tensors, report in solved:
+                    name = report.plan.name
+                    if name in finished:
                         continue
-                    finished[layer.name] = lut_format.encode(codes), report
+                    finished[name] = tensors, report
                     if run_folder is not None:
-                        run_folder.commit(*finished[layer.name])
+                        run_folder.commit(tensors, report)
     summary = _summary(model, layers_plan, finished, seconds)
     config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
     config.provenance = _provenance(model, config, calibration)
@@ -80,8 +89,23 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         module: Any = model.get_submodule(layer.name)
         tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
         replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
-    logger.info("Quantized %s\n%s", summary.model, summary.table())
+    if workers.first:
+        logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
+
+
+def _common(
+    model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan, calibration: Calibration | None
+) -> dict[str, Any]:
+    """What processes that work together must have in common."""
+    return {
+        "model": type(model).__name__,
+        "layers": sha256(repr(layers_plan.layers).encode()).hexdigest()[:12],
+        "data": None if calibration is None else calibration.sha256()[:12],
+        "seed": config.seed,
+        "settings": {**config.to_dict(), "modules": None, "provenance": None},
+        "versions": versions(),
+    }
 
 
 def _begin(

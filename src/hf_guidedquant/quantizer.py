@@ -19,6 +19,7 @@ from .linears import is_linear, linear_shape
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
 from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class GuidedQuantizer(HfQuantizer):
             return
         pipeline.check_grad_mode()
         check_dataset(self.quantization_config.dataset)
-        with open_run_folder(self.quantization_config.run_dir):
+        with open_run_folder(self.quantization_config.run_dir if Workers().first else None):
             pass  # A folder that cannot be used must not be noticed after the weights are loaded.
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):

@@ -19,6 +19,7 @@ from .report import LayerReport
 from .solvers import SOLVERS, SolverSpec
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,44 @@ def solve_layers(
                 logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
                 bar.update(layer.weights)
                 yield layer, codes, report
+
+
+def solve_together(
+    model: PreTrainedModel,
+    window: Sequence[list[LayerPlan]],
+    statistics: dict[str, LayerStatistics],
+    config: GuidedQuantConfig,
+    title: str,
+    workers: Workers,
+) -> Iterator[tuple[dict[str, Tensor], LayerReport]]:
+    """Packed tensors and reports of a window's layers, in order; several processes share the batches out.
+
+    ``statistics`` is emptied. Every process gets everything, on the device of the layer.
+    """
+    costs = [sum(layer.weights * layer.in_features for layer in batch) for batch in window]
+    owners = workers.owners(costs)
+    own = [batch for batch, owner in zip(window, owners, strict=True) if owner == workers.rank]
+    for batch, owner in zip(window, owners, strict=True):
+        if owner != workers.rank:
+            for layer in batch:
+                statistics.pop(layer.name, None)
+    solved = (
+        (lut_format.encode(codes), report) for _, codes, report in solve_layers(model, own, statistics, config, title)
+    )
+    if workers.size == 1:
+        yield from solved
+        return
+    mine = {report.plan.name: (tensors, report) for tensors, report in solved}
+    for batch, owner in zip(window, owners, strict=True):
+        for layer in batch:
+            tensors, report = mine.pop(layer.name, ({}, None))
+            specs = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+            report, specs = workers.tell((report, specs), owner)
+            device = stored_weight(model.get_submodule(layer.name)).device
+            for name, (shape, dtype) in specs.items():
+                tensors.setdefault(name, torch.empty(shape, dtype=dtype, device=device))
+                workers.hand_over(tensors[name], owner)
+            yield tensors, report
 
 
 def _solve_batch(

@@ -1,8 +1,7 @@
 """Several processes that quantize one model together, as `torchrun` and `accelerate launch` start them.
 
-Every process holds the whole model. Each takes a share of the calibration rows, and then a share of the layers; a
-layer's statistics are added up where it is solved, and what is solved is handed to all, so that every process ends with
-the same quantized model.
+Every process holds the whole model. Each takes a share of the calibration rows, and then a share of the layers; what is
+solved is handed to all, so that every process ends with the same quantized model.
 """
 
 import logging
@@ -71,20 +70,11 @@ class Workers:
                 values = ", ".join(f"process {rank}: {one.get(name)}" for rank, one in enumerate(everyone))
                 raise WorkerError(f"The processes of this run disagree about the {name} ({values}). Give all the same.")
 
-    def smallest(self, value: int) -> int:
-        """The smallest of everyone's values."""
-        if self.size == 1:
-            return value
-        everyone: list[Any] = [None] * self.size
-        with _fellows():
-            dist.all_gather_object(everyone, value)
-        return min(everyone)
-
-    def add_up(self, tensor: Tensor, owner: int) -> None:
-        """Sum of everyone's ``tensor`` at its owner, in place; elsewhere it is undefined afterwards."""
+    def add_up(self, tensor: Tensor) -> None:
+        """Sum of everyone's ``tensor`` for everyone, in place."""
         if self.size > 1:
             with _fellows():
-                dist.reduce(tensor, dst=owner)
+                dist.all_reduce(tensor)
 
     def hand_over(self, tensor: Tensor, owner: int) -> None:
         """The owner's ``tensor`` for everyone, in place."""

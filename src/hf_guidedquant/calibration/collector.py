@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CalibrationError, ModelError
 from ..linears import stored_weight
+from ..workers import Workers
 from .gram import add_gram, mirror, product_dtype
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,14 @@ class LayerStatistics:
                 torch.mul(x, root, out=scaled)
                 add_gram(total, scaled)
 
+    def add_up(self, workers: Workers) -> None:
+        """Finish: the sum of what all processes have, and of symmetric matrices both halves."""
+        for tensor in (self.hessian, self.bad_rows, self.diagonal):
+            if tensor is not None:
+                workers.add_up(tensor)
+        if self.hessian.dim() == 3:
+            mirror(self.hessian)
+
 
 def token_weights(grad: Tensor, num_groups: int) -> Tensor:
     """Mean of the squares over each group of outputs: ``[T, N] -> [T, g]`` in fp32.
@@ -108,6 +117,7 @@ def collect(
     guided: bool,
     checkpointing: bool,
     on_row: Callable[[int], object] = lambda tokens: None,
+    workers: Workers | None = None,
 ) -> None:
     """Run every row through the model and add to ``statistics``, in place.
 
@@ -119,11 +129,13 @@ def collect(
         guided: Weigh tokens by the squared output gradient. Otherwise all tokens count 1 and no backward pass runs.
         checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
         on_row: Called after every row with its number of tokens, for progress bars.
+        workers: Processes that share the rows; all end with the statistics of all rows.
 
     Raises:
         CalibrationError: More than 10 % of the rows had to be left out, of the model or of one layer.
         ModelError: The model gives no logits.
     """
+    workers = workers or Workers()
     device = input_device(model)
     losses = _Losses(device)
     with ExitStack() as stack:
@@ -138,12 +150,12 @@ def collect(
         else:
             stack.enter_context(torch.no_grad())
             stack.enter_context(_watched(layers, statistics, losses))
-        for row in rows:
+        for row in workers.share(rows):
             _run_row(model, row.to(device), losses if guided else None)
             on_row(row.numel())
+    workers.add_up(losses.bad)
     for layer in statistics.values():
-        if layer.hessian.dim() == 3:
-            mirror(layer.hessian)
+        layer.add_up(workers)
     _check_bad_rows(int(losses.bad), statistics, len(rows))
 
 

@@ -11,6 +11,7 @@ from ..errors import ModelError
 from ..linears import is_linear, linear_shape, stored_weight
 from ..plan import LayerPlan
 from ..resources import free_memory
+from ..workers import Workers
 from .collector import LayerStatistics, collect
 from .rows import Calibration
 from .store import StatisticsStore
@@ -75,30 +76,40 @@ def gather(
     config: GuidedQuantConfig,
     title: str = "Calibrating",
     store: StatisticsStore | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the layers of a window, by name; layers whose method needs none are left out.
 
-    What ``store`` has is taken from there, and the rest is kept there; no pass is made if nothing is missing.
+    What ``store`` has is taken from there, and the rest is kept there; no pass is made if nothing is missing. Several
+    processes share the pass; the store is the first one's, and the result is everyone's.
     """
+    workers = workers or Workers()
     watched = {layer.name: layer for layer in window if layer.statistics != "none"}
     modules = {name: model.get_submodule(name) for name in watched}
     found: dict[str, LayerStatistics] = {}
     if store is not None:
         loaded = {name: store.load(layer, stored_weight(modules[name]).device) for name, layer in watched.items()}
         found = {name: kept for name, kept in loaded.items() if kept is not None}
+    for_any_method = config.statistics is not None
     statistics = {
-        name: LayerStatistics.empty(layer.statistics_shape, stored_weight(modules[name]).device, store is not None)
+        name: LayerStatistics.empty(layer.statistics_shape, stored_weight(modules[name]).device, for_any_method)
         for name, layer in watched.items()
         if name not in found
     }
+    for name in workers.tell(list(found), 0):
+        kept = found.setdefault(name, statistics.get(name))  # type: ignore[arg-type]
+        statistics.pop(name, None)
+        workers.hand_over(kept.hessian, 0)
+        workers.hand_over(kept.bad_rows, 0)
     if calibration is None or not statistics:
         return found
     checkpointing = config.gradient_checkpointing
     if checkpointing is None:
         device = stored_weight(next(iter(modules.values()))).device
-        tokens = max(row.numel() for row in calibration.rows)
-        checkpointing = _activation_bytes(model, tokens) > _ACTIVATION_SHARE * free_memory(device)
-    with tqdm(total=calibration.tokens, desc=title, unit="token", unit_scale=True) as bar:
+        longest = max(row.numel() for row in calibration.rows)
+        checkpointing = _activation_bytes(model, longest) > _ACTIVATION_SHARE * free_memory(device)
+    tokens = sum(row.numel() for row in workers.share(calibration.rows))
+    with tqdm(total=tokens, desc=title, unit="token", unit_scale=True) as bar:
         collect(
             model,
             {name: modules[name] for name in statistics},
@@ -107,6 +118,7 @@ def gather(
             guided=config.guided,
             checkpointing=checkpointing,
             on_row=bar.update,
+            workers=workers,
         )
     if store is not None:
         for name, collected in statistics.items():

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # Working memory of a batch. Fixed, not a share of what is free: products of another batch size can round differently,
 # and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
 _BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 32
+# All that a weight costs besides products with the Hessian, in inputs of such a product. For progress bars.
+_STEP_INPUTS = 4096
 
 
 def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[list[LayerPlan]]:
@@ -52,16 +54,21 @@ def solve_layers(
     title: str = "Solving",
 ) -> Iterator[tuple[LayerPlan, Codes, LayerReport]]:
     """Solve batch after batch. ``statistics`` is emptied on the way, so that its memory is free as early as can be."""
-    total = sum(layer.weights for batch in window for layer in batch)
-    with tqdm(total=total, desc=title, unit="weight", unit_scale=True) as bar:
+    total = sum(_work(layer) for batch in window for layer in batch)
+    with tqdm(total=total, desc=title, unit="op", unit_scale=True) as bar:
         for batch in window:
             found = [statistics.pop(layer.name, None) for layer in batch]
             with torch.no_grad():
                 solved = _solve_batch(model, batch, found, config)
             for layer, codes, report in solved:
                 logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
-                bar.update(layer.weights)
+                bar.update(_work(layer))
                 yield layer, codes, report
+
+
+def _work(layer: LayerPlan) -> int:
+    """What a layer costs to solve, up to a factor: with a Hessian, its products with the weights besides."""
+    return layer.weights * (_STEP_INPUTS + layer.in_features if layer.statistics == "hessian" else _STEP_INPUTS)
 
 
 def solve_together(
@@ -76,8 +83,7 @@ def solve_together(
 
     ``statistics`` is emptied. Every process gets everything, on the device of the layer.
     """
-    costs = [sum(layer.weights * layer.in_features for layer in batch) for batch in window]
-    owners = workers.owners(costs)
+    owners = workers.owners([sum(map(_work, batch)) for batch in window])
     own = [batch for batch, owner in zip(window, owners, strict=True) if owner == workers.rank]
     for batch, owner in zip(window, owners, strict=True):
         if owner != workers.rank:

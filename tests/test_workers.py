@@ -78,6 +78,11 @@ def test_work_is_shared_out_evenly(size):
     assert max(load) <= sum(costs) / size + (1 - 1 / size) * max(costs) + 1e-9
 
 
+def test_a_process_that_saves_alone_waits_for_nobody(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Workers(meet=False).size == 1
+
+
 def test_two_processes(tmp_path):
     done = launch(PRIMITIVES, tmp_path)
     assert done.returncode == 0, done.stdout

@@ -31,10 +31,10 @@ def attach_saving(model: nn.Module, report: Report | None) -> None:
 
 def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
     """``PreTrainedModel.save_pretrained``, and the companions. Of several processes the first one saves."""
-    if not kwargs.get("is_main_process", Workers().first):
+    if "is_main_process" not in kwargs and not Workers(meet=False).first:
         return None
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if _is_quantized(self):
+    if _is_quantized(self) and kwargs.get("is_main_process", True):
         folder = Path(save_directory)
         if not (folder / CARD_FILE).exists():
             _write_card(self, folder, folder.name)

@@ -24,14 +24,18 @@ Item = TypeVar("Item")
 class Workers:
     """This process and its fellows. A process that was started alone has none, and everything here costs nothing.
 
+    Args:
+        meet: Wait for the processes that were started together to find each other, if they have not yet. All of them
+            must ask for that.
+
     Attributes:
         rank: Number of this process.
         size: Number of processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, meet: bool = True) -> None:
         # PartialState knows the environment variables and the backend for the device.
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if meet and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             PartialState()
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
-from .config import GuidedQuantConfig
+from .config import PERSISTED, GuidedQuantConfig
 from .fingerprint import environment, tokenizer_fingerprint
 from .layer_folder import LayerFolder
 from .plan import LayerPlan, Plan
@@ -29,20 +29,8 @@ _ABOUT = (
     "A run of hf-guidedquant. The same call with the same run_dir goes on where it was interrupted. "
     "Delete this folder when the model is saved."
 )
-_SETTINGS = (
-    "bits",
-    "method",
-    "guided",
-    "num_groups",
-    "lnq_iterations",
-    "lnq_cycles",
-    "kmeans_iterations",
-    "modules_to_not_convert",
-    "num_samples",
-    "seq_len",
-    "seed",
-    "format_version",
-)
+# Modules and provenance are results of the run.
+_SETTINGS = (*(name for name in PERSISTED if name not in ("modules", "provenance")), "num_samples", "seq_len", "seed")
 
 # A layer's packed tensors, and its entry of the report.
 Finished = tuple[dict[str, Tensor], LayerReport]

@@ -4,9 +4,8 @@ Every process holds the whole model. Each takes a share of the calibration rows,
 solved is handed to all, so that every process ends with the same quantized model.
 """
 
-import logging
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from .errors import WorkerError
 
-logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
@@ -58,7 +56,7 @@ class Workers:
             load[found[job]] += costs[job]
         return found
 
-    def check_agreement(self, facts: Mapping[str, Hashable]) -> None:
+    def check_agreement(self, facts: Mapping[str, Any]) -> None:
         """Make sure that all processes work on the same thing.
 
         Raises:

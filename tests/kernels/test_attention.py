@@ -1,16 +1,12 @@
 """Attention of one query per row against float64, per element."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpreter_only, not_interpreted, run_interpreted_tests
 
 from hf_guidedquant.triton_kernels import OPS_NAMESPACE, decode_attention
 
 OP = getattr(torch.ops, OPS_NAMESPACE).decode_attention.default
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Batch, heads, key heads, length, width, width of values.
 SHAPES = [(1, 1, 1, 1, 16, 16), (2, 4, 2, 65, 64, 64), (3, 9, 3, 200, 80, 48), (1, 16, 2, 1000, 128, 128)]
 MASKS = ["none", "shared", "rows", "holes"]
@@ -81,17 +77,12 @@ def test_without_a_kernel_torch_computes_it(shape, mask_kind):
     torch.library.opcheck(OP, (query, key, value, mask, 0.25))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the tests of this file run in this process")
+@not_interpreted
 def test_everything_below_in_a_process_with_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    run_interpreted_tests(__file__)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+@interpreter_only
 @pytest.mark.parametrize("mask_kind", MASKS)
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_interpreted_attention_against_float64(shape, mask_kind):

@@ -3,12 +3,9 @@
 The byte permutes and MMAs of prmt.py are replaced by the same arithmetic in plain Triton, which the interpreter runs.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpreter_only, not_interpreted, run_interpreted_tests
 from test_ops import activations, assert_close_to_truth, dense64, layer
 
 from hf_guidedquant.triton_kernels import (
@@ -25,8 +22,6 @@ from hf_guidedquant.triton_kernels import (
 from hf_guidedquant.triton_kernels.configs import MatrixConfig, VectorConfig, choose, table
 
 OPS = getattr(torch.ops, OPS_NAMESPACE)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
 SHAPES = [(1, 1), (16, 128), (17, 129), (40, 576), (33, 255)]
 
 
@@ -141,14 +136,9 @@ def test_the_table_has_a_launch_for_every_product_that_is_not_better_dense():
                 assert older is None or older.overlap == 0  # dependent launches exist from sm_90 on
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the tests of this file run in this process")
+@not_interpreted
 def test_everything_below_in_a_process_with_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    run_interpreted_tests(__file__)
 
 
 def interpreted_linear(x, weight, lut, bias, config: VectorConfig) -> torch.Tensor:

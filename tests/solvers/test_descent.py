@@ -4,30 +4,20 @@ Hessians, weights and codebooks are small binary fractions and diagonals powers 
 so the codes must be the same whatever the order of the additions.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import interpreter_only, not_interpreted, run_interpreted_tests
 
 from hf_guidedquant.solvers import SolverSpec, lnq
 from hf_guidedquant.solvers.hessian import condition
 from hf_guidedquant.solvers.products import SplitProduct
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter_only = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
 EPS32 = torch.finfo(torch.float32).eps
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the tests of this file run in this process")
+@not_interpreted
 def test_everything_below_in_a_process_with_the_interpreter():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "interpreted"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
+    run_interpreted_tests(__file__)
 
 
 def framed(tensor: torch.Tensor) -> torch.Tensor:

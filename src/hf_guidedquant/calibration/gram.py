@@ -1,5 +1,7 @@
 """Sums of outer products: ``H += xᵀ x`` with fp32 sums, on tensor cores where the activations allow it."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ def _stripes(size: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+@functools.cache
 def _mixed_addmm() -> bool:
     """Whether torch adds 16-bit products to an fp32 matrix; it can since 2.8."""
     return "dtype_out" in torch.ops.aten.addmm.overloads()

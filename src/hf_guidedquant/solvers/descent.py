@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_kernels.backend import launching_on
+from .lnq import BLOCK
 
-# Inputs of a launch, inputs between two products, rows of a program and its warps.
-BLOCK, _STEPS, _ROWS, _WARPS = 128, 16, 32, 4
+# Inputs between two products, rows of a program and its warps.
+_STEPS, _ROWS, _WARPS = 16, 32, 4
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """The whole job on a model with random weights: seconds of every stage, tokens per second, memory, and the file.
 
     python benchmarks/quantize.py --model llama-3.1-8b --bits 2
+    python benchmarks/quantize.py --model llama-3.1-8b --bits 2 --memory 24
+    python benchmarks/quantize.py --model llama-3.1-8b --bits 2 --memory 12 --weights-on cpu
     python benchmarks/quantize.py --model llama-3.1-70b --layers 2 --num-samples 8
 
 With `--layers` the model has fewer decoder layers, and what is printed goes for those; two runs with different numbers
@@ -42,7 +44,7 @@ def pass_operations(model: Any, num_groups: int) -> float:
     head = linear_shape(model.get_output_embeddings())
     products = sum(rows * inputs for rows, inputs in shapes)
     grams = num_groups * (sum(inputs**2 for _, inputs in shapes) - head[1] ** 2)
-    # A Gram matrix is symmetric: half of it is all there is to compute.
+    # A Gram matrix is symmetric: half of it is all there is to compute. Recomputation is no part of the job.
     return 2 * products * 2 + grams
 
 
@@ -65,7 +67,9 @@ def main() -> None:
         num_samples=options.num_samples,
         num_groups=options.num_groups,
     )
+    model.to(options.weights_on or options.device)
     if cuda:
+        torch.cuda.empty_cache()
         if options.memory:
             torch.cuda.set_per_process_memory_fraction(
                 options.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
@@ -106,6 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--weights-on", choices=["cpu", "cuda"], help="where the weights wait for their turn")
     parser.add_argument("--memory", type=float, help="GiB of GPU memory to get along with")
     parser.add_argument("--output", type=Path, help="JSON to write")
     return parser.parse_args()

@@ -20,11 +20,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from hf_guidedquant import plan
+from hf_guidedquant.calibration import Footprint, outline
+from hf_guidedquant.resources import compute_device
+
 VOCABULARY = 128
 _SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -36,15 +39,15 @@ _SIZES = {
 }
 
 
-def _llama(tied: bool) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**_SIZES, tie_word_embeddings=tied, mlp_bias=True))
+def _llama(blocks: int, tied: bool = False) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, num_hidden_layers=blocks, tie_word_embeddings=tied, mlp_bias=True))
 
 
-def _gpt2() -> GPT2LMHeadModel:
+def _gpt2(blocks: int) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(
         GPT2Config(
             n_embd=64,
-            n_layer=2,
+            n_layer=blocks,
             n_head=4,
             n_positions=64,
             vocab_size=VOCABULARY,
@@ -58,25 +61,36 @@ def _gpt2() -> GPT2LMHeadModel:
 
 
 ARCHITECTURES = {
-    "llama": lambda: _llama(tied=False),
-    "llama-tied": lambda: _llama(tied=True),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, sliding_window=32)),
+    "llama": _llama,
+    "llama-tied": lambda blocks: _llama(blocks, tied=True),
+    "qwen3": lambda blocks: Qwen3ForCausalLM(Qwen3Config(**_SIZES, num_hidden_layers=blocks)),
+    "gemma3": lambda blocks: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, num_hidden_layers=blocks, sliding_window=32)),
     "gpt2": _gpt2,
 }
 
 
-def tiny_model(architecture: str = "llama", seed: int = 0):
+def tiny_model(architecture: str = "llama", seed: int = 0, blocks: int = 2):
     """A random model of the named architecture in fp32, the same for the same seed. The caller's RNG is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ARCHITECTURES[architecture]().eval()
+        return ARCHITECTURES[architecture](blocks).eval()
 
 
 def token_rows(count: int = 8, length: int = 33, seed: int = 0) -> list[torch.Tensor]:
     """Random token rows, int64 ``[length]`` each."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, VOCABULARY, (length,), generator=generator) for _ in range(count)]
+
+
+def memory_for(model, config, blocks: int = 1) -> float:
+    """The least ``max_memory`` with which so many decoder blocks make a segment."""
+
+    def place(device):
+        return compute_device(device, config.device)
+
+    footprint = Footprint(model, plan(model, config).layers, outline(model, 33, config.guided, place), place)
+    needs = [footprint(start, start + blocks) for start in range(footprint.count - blocks + 1)]
+    return max((need[device] + footprint.resident[device]) / 2**30 for need in needs for device in need)
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

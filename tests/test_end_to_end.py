@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, tiny_model, token_rows
+from conftest import ARCHITECTURES, VOCABULARY, memory_for, tiny_model, token_rows
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hf_guidedquant
@@ -139,12 +139,24 @@ def test_compiles_without_graph_breaks(llama):
     torch.testing.assert_close(logits(compiled), logits(model), rtol=0, atol=0)
 
 
-def test_windows_do_not_change_the_result(tmp_path):
-    one_pass = hf_guidedquant.quantize(tiny_model(), config())
-    # One Hessian of 64 inputs in three groups takes 48 KiB: a budget of 60 KiB forces a pass per layer.
-    many_passes = hf_guidedquant.quantize(tiny_model(), config(hessian_memory=60 / 2**20))
-    for name, tensor in one_pass.state_dict().items():
-        assert torch.equal(many_passes.state_dict()[name], tensor), name
+@pytest.mark.parametrize("guided", [True, False])
+def test_little_memory_does_not_change_the_result(guided, caplog):
+    settings = config(guided=guided)
+    whole = hf_guidedquant.quantize(tiny_model(blocks=4), settings)
+    caplog.clear()
+    settings.max_memory = memory_for(tiny_model(blocks=4), settings, blocks=2)
+    divided = hf_guidedquant.quantize(tiny_model(blocks=4), settings)
+    assert "in 2 segments" in caplog.text
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(divided.state_dict()[name], tensor), name
+
+
+def test_too_little_memory_is_refused_before_any_work(llama):
+    settings = config()
+    settings.max_memory = 0.99 * memory_for(llama, settings)
+    with pytest.raises(ModelError, match=r"Quantizing model\.layers\.1 takes .* Raise max_memory"):
+        hf_guidedquant.quantize(llama, settings)
+    assert not hf_guidedquant.nn.quantized_modules(llama)
 
 
 def test_overrides_and_exclusions():

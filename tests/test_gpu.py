@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model, token_rows
+import transformers
+from conftest import memory_for, tiny_model, token_rows
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.calibration import LayerStatistics, collect, gram
+from hf_guidedquant.calibration import LayerStatistics, Outline, Relay, gram
 from hf_guidedquant.linears import is_linear
 from hf_guidedquant.resources import reproducible
 
@@ -70,13 +71,13 @@ def test_hessians_agree_with_the_cpu():
     rows, found = token_rows(), {}
     for device in ("cpu", "cuda"):
         model = tiny_model().to(device)
-        layers = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.lm_head}
         statistics = {
             name: LayerStatistics.empty((2, module.in_features, module.in_features), torch.device(device))
-            for name, module in layers.items()
+            for name, module in model.named_modules()
+            if is_linear(module) and module is not model.lm_head
         }
         with reproducible():
-            collect(model, layers, statistics, rows, guided=True, checkpointing=True)
+            Relay(model, Outline(), [(0, 0)], rows, guided=True).collect(0, statistics)
         found[device] = {name: layer.hessian.cpu() for name, layer in statistics.items()}
     for name, expected in found["cpu"].items():
         # As against float64 in test_collector, twice: once for each device.
@@ -105,28 +106,31 @@ def test_products_on_tensor_cores_are_those_of_the_rounded_factors(size, dtype):
         assert statistics.bad_rows == 0
 
 
-def test_no_row_waits_for_the_device():
-    model, rows = tiny_model().cuda(), token_rows()
-    layers = {n: m for n, m in model.named_modules() if is_linear(m) and m is not model.lm_head}
-    for guided in (True, False):
-        statistics = {
-            name: LayerStatistics.empty((1, module.in_features, module.in_features), torch.device("cuda"))
-            for name, module in layers.items()
-        }
-        waits = []
+@pytest.mark.parametrize("guided", [True, False])
+def test_no_row_waits_for_the_device(guided, monkeypatch):
+    """Nothing of ours does; Transformers looks at the position ids of every row."""
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    model, rows = tiny_model().cuda(), [row.cuda() for row in token_rows()]
+    statistics = {
+        name: LayerStatistics.empty((1, module.in_features, module.in_features), torch.device("cuda"))
+        for name, module in model.named_modules()
+        if is_linear(module) and module is not model.lm_head
+    }
+    relay, watched = Relay(model, Outline(), [(0, 0)], rows, guided=guided), []
 
-        def look(tokens, waits=waits):
-            # Watched from the second row on, until the pass is over.
-            torch.cuda.set_sync_debug_mode("error" if len(waits) < len(rows) - 1 else "default")
-            waits.append(tokens)
-
+    def without_waiting(*args, progress=relay._progress):
         try:
-            collect(
-                model, layers, statistics, [row.cuda() for row in rows], guided=guided, checkpointing=True, on_row=look
-            )
+            for index in progress(*args):
+                # Kernels are compiled for the first row.
+                torch.cuda.set_sync_debug_mode("error" if index > 0 else "default")
+                yield index
+                watched.append(index)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert len(waits) == len(rows)
+
+    monkeypatch.setattr(relay, "_progress", without_waiting)
+    relay.collect(0, statistics)
+    assert len(watched) == len(rows)
 
 
 def test_moving_to_the_device_and_casting_keep_codes_and_codebooks():
@@ -152,3 +156,36 @@ def test_ops_agree_with_the_cpu_and_pass_opcheck():
     bound = layer.in_features * torch.finfo(torch.float32).eps * (x.abs().double() @ dense.abs().double().T)
     assert ((lut_linear(x.cuda(), *on_device).cpu() - expected).abs() <= bound).all()
     torch.library.opcheck(torch.ops.hf_guidedquant.lut_linear, (x.cuda(), *on_device, None))
+
+
+class TestWeightsInTheCpusMemory:
+    """The GPU works, a segment of the model at a time; the result is that of weights on the GPU."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
+    def test_segments_visit_the_gpu(self, architecture, dtype):
+        dense = tiny_model(architecture, blocks=4).to(dtype)
+        on_gpu = hf_guidedquant.quantize(copy.deepcopy(dense).cuda(), config())
+        settings = config(max_memory=memory_for(copy.deepcopy(dense), config(), blocks=2))
+        visiting = hf_guidedquant.quantize(copy.deepcopy(dense), settings)
+        assert {tensor.device.type for tensor in visiting.state_dict().values()} == {"cpu"}
+        for name, tensor in on_gpu.state_dict().items():
+            assert torch.equal(tensor.cpu(), visiting.state_dict()[name]), name
+
+    def test_the_cpu_works_if_asked_to(self):
+        dense = tiny_model()
+        asked = hf_guidedquant.quantize(copy.deepcopy(dense), config(device="cpu"))
+        layers = hf_guidedquant.quantize(copy.deepcopy(dense), config()).state_dict()
+        assert asked.state_dict().keys() == layers.keys()
+
+    def test_a_model_larger_than_the_gpu_waits_outside(self, tmp_path):
+        tiny_model(blocks=4).save_pretrained(tmp_path / "dense")
+        limits = {0: "64KiB", "cpu": "8GiB"}
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", device_map="auto", max_memory=limits, quantization_config=config()
+        )
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cuda"}
+        expected = hf_guidedquant.quantize(tiny_model(blocks=4).cuda(), config()).state_dict()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+        assert model.generate(torch.arange(2, 10, device="cuda")[None], max_new_tokens=4).shape == (1, 12)

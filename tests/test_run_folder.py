@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, token_rows
+from conftest import memory_for, tiny_model, token_rows
 from tokenizer import texts, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, layer_folder, run_folder, solving
+from hf_guidedquant.calibration import Relay
 from hf_guidedquant.errors import FolderMismatchError, FolderUnusableError
 from hf_guidedquant.fingerprint import environment
 from hf_guidedquant.layer_folder import LayerFolder
@@ -207,25 +208,26 @@ def _contents(data):
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-@pytest.mark.parametrize("first", [60 / 2**20, None])
-def test_memory_may_change_between_the_processes(first, tmp_path, monkeypatch):
-    """60 KiB hold the Hessians of one layer: a batch and a window each. Without a limit there are four batches."""
+@pytest.mark.parametrize("little_first", [True, False])
+def test_memory_may_change_between_the_processes(little_first, tmp_path, monkeypatch):
+    """With little memory a segment per decoder block, of four batches each; else one with four batches."""
     expected = saved(quantize(None), tmp_path / "model")
+    little = memory_for(tiny_model(), config())
+    first, second = (little, None) if little_first else (None, 2 * little)
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(os, "replace", at_the(4, "after", crash))
-        quantize(tmp_path / "run", hessian_memory=first)
+        quantize(tmp_path / "run", max_memory=first)
     solve, solved = solving._solve_batch, []
     monkeypatch.setattr(
         solving, "_solve_batch", lambda model, batch, *rest: solved.append(batch) or solve(model, batch, *rest)
     )
-    second = None if first else 60 / 2**20
-    assert saved(quantize(tmp_path / "run", hessian_memory=second), tmp_path / "model") == expected
-    assert [len(batch) for batch in solved] == ([1] * 11 if first else [4, 4, 4, 2])
+    assert saved(quantize(tmp_path / "run", max_memory=second), tmp_path / "model") == expected
+    assert [len(batch) for batch in solved] == ([2, 2, 2, 1, 2, 2, 1] if little_first else [4, 4, 4, 2])
 
 
 def test_a_finished_run_needs_neither_a_pass_nor_a_solver(undisturbed, tmp_path, monkeypatch):
     quantize(tmp_path / "run", **FEW)
-    monkeypatch.setattr(hf_guidedquant.calibration.passes, "collect", lambda *args, **kwargs: pytest.fail("a pass"))
+    monkeypatch.setattr(Relay, "collect", lambda *args: pytest.fail("a pass"))
     monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
     assert saved(quantize(tmp_path / "run", **FEW), tmp_path / "model") == undisturbed
 
@@ -314,7 +316,7 @@ def test_another_model_is_refused_by_name(started):
     ],
 )
 def test_another_environment_is_refused_by_name(name, value, message, started, monkeypatch):
-    monkeypatch.setattr(run_folder, "environment", lambda model: {**environment(model), name: value})
+    monkeypatch.setattr(run_folder, "environment", lambda model, *rest: {**environment(model), name: value})
     with pytest.raises(FolderMismatchError, match=message):
         quantize(started, **FEW)
 
@@ -334,7 +336,7 @@ def test_a_changed_tokenizer_is_refused_by_name(tmp_path):
 
 
 def test_what_does_not_matter_may_change(started, undisturbed, tmp_path):
-    changes = {"hessian_memory": 1.0, "gradient_checkpointing": True, "cache_dequantized": True, "fuse_layers": False}
+    changes = {"max_memory": 1.0, "cache_dequantized": True, "fuse_layers": False}
     assert saved(quantize(started, **changes, **FEW), tmp_path / "model") == undisturbed
 
 

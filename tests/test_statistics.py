@@ -10,12 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model, token_rows
+from conftest import memory_for, tiny_model, token_rows
 from test_run_folder import FEW, Crash, at_the, config, crash, in_a_killed_process, layer_files, saved
 
 import hf_guidedquant
 from hf_guidedquant import pipeline
-from hf_guidedquant.calibration import passes
+from hf_guidedquant.calibration import Relay
 from hf_guidedquant.errors import CalibrationError, FolderMismatchError, FolderUnusableError
 from hf_guidedquant.fingerprint import environment
 from hf_guidedquant.layer_folder import LayerFolder
@@ -27,14 +27,16 @@ def quantize(statistics, model_seed=0, **changes):
 
 @pytest.fixture
 def collected(monkeypatch):
-    """The names of the layers that each pass over the data watches."""
-    collect, seen = passes.collect, []
+    """The names of the layers of every segment that rows are taken through."""
+    collect, seen = Relay.collect, []
     monkeypatch.setattr(
-        passes,
-        "collect",
-        lambda model, layers, *args, **kw: seen.append([*layers]) or collect(model, layers, *args, **kw),
+        Relay, "collect", lambda relay, number, layers: seen.append([*layers]) or collect(relay, number, layers)
     )
     return seen
+
+
+def little_memory():
+    return memory_for(tiny_model(), config())
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def test_other_bits_and_methods_need_no_pass_and_come_out_the_same(guided, tmp_p
         {"method": "squeezellm"},
         {"method": "rtn"},
         {"overrides": {"up_proj": {"bits": 4, "method": "squeezellm"}}, "modules_to_not_convert": ["q_proj"]},
-        {"hessian_memory": 60 / 2**20},
+        {"max_memory": 2 * little_memory()},
     ):
         collected.clear()
         model = saved(quantize(tmp_path / "statistics", guided=guided, **changes), tmp_path / "model")
@@ -118,18 +120,19 @@ def test_rtn_touches_no_statistics(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("count", [1, 2, 4, 10, 15])
-def test_killed_while_calibrating(count, tmp_path, collected):
-    """A pass per layer; what the finished ones found is there after a kill. Write 1 is the record."""
+@pytest.mark.parametrize(("count", "passes"), [(1, 2), (2, 2), (4, 2), (8, 1), (10, 1), (15, 0)])
+def test_killed_while_calibrating(count, passes, tmp_path, collected):
+    """A segment per block of seven layers; what is finished is there after a kill. Write 1 is the record."""
 
     def run():
         os.replace = at_the(count, "after", lambda: os.kill(os.getpid(), signal.SIGKILL))
-        quantize(tmp_path / "statistics", hessian_memory=60 / 2**20)
+        quantize(tmp_path / "statistics", max_memory=little_memory())
 
     in_a_killed_process(run)
     assert len(layer_files(tmp_path / "statistics")) == count - 1
-    model = saved(quantize(tmp_path / "statistics", hessian_memory=60 / 2**20), tmp_path / "model")
-    assert len(collected) == 15 - count
+    model = saved(quantize(tmp_path / "statistics", max_memory=little_memory()), tmp_path / "model")
+    assert len(collected) == passes
+    assert sum(map(len, collected)) == 15 - count
     assert model == saved(quantize(None), tmp_path / "model")
 
 
@@ -184,7 +187,8 @@ def test_bad_rows_are_reported_from_kept_statistics_too(tmp_path):
         model = tiny_model()
         calls = iter(range(10**6))
         handle = model.model.layers[1].mlp.up_proj.register_forward_hook(
-            lambda module, args, output: output * float("inf") if next(calls) == 0 else output
+            # The first call is the one without data.
+            lambda module, args, output: output * float("inf") if next(calls) == 1 else output
         )
         hf_guidedquant.quantize(model, config(statistics=tmp_path / "s", dataset=token_rows(20), **changes, **FEW))
         handle.remove()
@@ -198,7 +202,7 @@ import sys
 sys.path[:0] = sys.argv[1:2]
 from pathlib import Path
 import hf_guidedquant
-from hf_guidedquant.calibration import passes
+from hf_guidedquant.calibration import Relay
 from hf_guidedquant.errors import CalibrationError
 from test_run_folder import config, saved
 from conftest import tiny_model
@@ -207,7 +211,7 @@ with_pass = hf_guidedquant.quantize(tiny_model(), config(bits=3))
 expected = saved(with_pass, Path(sys.argv[2]))
 def no_pass(*args, **kwargs):
     raise AssertionError("a pass was made")
-passes.collect = no_pass
+Relay.collect = no_pass
 model = hf_guidedquant.quantize(tiny_model(), config(bits=3, statistics="hf://me/statistics"))
 assert saved(model, Path(sys.argv[2])) == expected
 for missing, message in (("hf://me/nothing", "cannot be fetched"), ("hf://me/empty", "no intact statistics.json")):
@@ -250,7 +254,7 @@ def test_the_record_tells_what_the_folder_is(kept):
 
 def test_statistics_from_another_environment_are_used_and_the_difference_is_told(kept, monkeypatch, caplog, collected):
     logging.getLogger("hf_guidedquant").propagate = True
-    monkeypatch.setattr(pipeline, "environment", lambda model: {**environment(model), "attention": "eager"})
+    monkeypatch.setattr(pipeline, "environment", lambda model, *rest: {**environment(model), "attention": "eager"})
     with caplog.at_level(logging.INFO, logger="hf_guidedquant"):
         quantize(kept, bits=3)
     assert "attention was sdpa, is eager" in caplog.text

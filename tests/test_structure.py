@@ -15,6 +15,7 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 # A room may import from the rooms before it. `formats` and `solvers` never import each other.
 ROOMS = [
     "errors",
+    "resources",
     "fingerprint",
     "layer_folder",
     "codes",
@@ -23,7 +24,6 @@ ROOMS = [
     "solvers",
     "config",
     "formats",
-    "resources",
     "workers",
     "linears",
     "plan",

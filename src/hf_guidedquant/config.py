@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .errors import CheckpointError, ConfigError
@@ -65,10 +66,11 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         num_samples: Calibration rows to use at most. 1-1,000,000.
         seq_len: Tokens per calibration row. 2-1,048,576; cut to the model's context length.
         seed: Seed of every random choice. 0 to 2**63 - 1.
-        hessian_memory: GiB that the Hessians of one pass over the data may take. Layers that do not fit wait for a
-            further pass. Default: 40 % of the memory that is free on their device.
-        gradient_checkpointing: Keep only one decoder block's activations during the backward pass. Default: only if
-            the activations of one row would take more than a quarter of the free memory.
+        device: Where to compute if the weights lie in the CPU's memory, e.g. ``"cuda:1"`` or ``"cpu"``. Default: the
+            first GPU, if there is one. Blocks of the model are there for their turn only, so that a model can be
+            quantized that is larger than the GPU. Weights on a GPU stay where they are.
+        max_memory: GiB that may be in use on every device, the weights that lie there included. Less memory means more
+            segments of the model, which are calibrated and solved one after the other. Default: what is free.
         run_dir: A folder that keeps every finished layer, so that the same call goes on after a crash or a kill, with
             the same result to the byte. Refused if anything that the result depends on has changed. Not saved with
             the model; delete it when that is saved.
@@ -101,8 +103,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     num_samples: int = 128
     seq_len: int = 2048
     seed: int = 0
-    hessian_memory: float | None = None
-    gradient_checkpointing: bool | None = None
+    device: str | None = None
+    max_memory: float | None = None
     run_dir: str | os.PathLike | None = None
     statistics: str | os.PathLike | None = None
     cache_dequantized: bool = False
@@ -127,9 +129,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_bool("guided", self.guided)
         _check_bool("cache_dequantized", self.cache_dequantized)
         _check_bool("fuse_layers", self.fuse_layers)
-        if self.gradient_checkpointing is not None:
-            _check_bool("gradient_checkpointing", self.gradient_checkpointing)
-        _check_gibibytes("hessian_memory", self.hessian_memory)
+        _check_device("device", self.device)
+        _check_gibibytes("max_memory", self.max_memory)
         _check_folder("run_dir", self.run_dir)
         _check_folder("statistics", self.statistics)
         if self.run_dir and self.statistics and os.path.realpath(self.run_dir) == os.path.realpath(self.statistics):
@@ -222,6 +223,15 @@ def _check_int(field_name: str, value: object, low: int, high: int) -> None:
 def _check_bool(field_name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ConfigError(field_name, value, "True or False")
+
+
+def _check_device(name: str, value: Any) -> None:
+    try:
+        known = value is None or torch.device(value).type in ("cpu", "cuda")
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise ConfigError(name, value, 'None, "cpu", "cuda" or "cuda:N"')
 
 
 def _check_gibibytes(field_name: str, value: object) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .resources import compute_device
+
 # Entries of a model's config that no result depends on: where it came from, and how it is stored and run.
 _INCIDENTAL = {
     "_name_or_path",
@@ -46,9 +48,12 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("hf-guidedquant", "torch", "transformers")}
 
 
-def environment(model: PreTrainedModel) -> dict[str, Any]:
-    """What can change the rounding of sums: versions, the kinds of device that the weights lie on, the attention."""
-    places = {parameter.device for parameter in model.parameters()}
+def environment(model: PreTrainedModel, device: str | None = None) -> dict[str, Any]:
+    """What can change the rounding of sums: versions, the kinds of device that compute, the attention.
+
+    ``device`` is the one that is asked for.
+    """
+    places = {compute_device(parameter.device, device) for parameter in model.parameters()}
     return {
         "versions": versions(),
         "devices": sorted({torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in places}),

@@ -1,5 +1,7 @@
 """What counts as a linear layer, and what its weight looks like."""
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,6 +26,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     """``(out_features, in_features)`` of a linear layer."""
     rows, columns = stored_weight(module).shape
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module and all below it, each once."""
+    return chain(module.parameters(), module.buffers())
 
 
 def dense_weight(module: nn.Module) -> Tensor:

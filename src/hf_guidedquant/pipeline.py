@@ -1,9 +1,9 @@
-"""The job, in order: plan, calibration rows, one pass for the Hessians, solve, pack, swap, report."""
+"""The job, in order: plan, calibration rows, then by segments of the model Hessians, solve, pack; swap, report."""
 
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from .calibration import Calibration, StatisticsStore, divided, gather, load_rows, open_statistics, windows
+from .calibration import (
+    Calibration,
+    Footprint,
+    Outline,
+    Relay,
+    Segment,
+    StatisticsStore,
+    divide,
+    gather,
+    load_rows,
+    open_statistics,
+    outline,
+)
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
@@ -25,7 +37,7 @@ from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan
 from .report import Report
-from .resources import reproducible
+from .resources import compute_device, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
 from .workers import Workers
@@ -65,15 +77,18 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
             workers.check_agreement(_common(model, config, layers_plan, calibration))
-            work, finished = _begin(model, config, layers_plan, calibration, run_folder, store)
-            passes, finished = workers.tell((windows(model, work, config), finished), 0)
-        for index, window in enumerate(passes, start=1):
-            which = f" {index}/{len(passes)}" if len(passes) > 1 else ""
+            drawn = _outline(model, config, calibration)
+            work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
+            segments, batches_of, finished = workers.tell(work, 0)
+            relay = _relay(model, config, drawn, segments, calibration, workers)
+        order = [number for number in relay.order if batches_of[number]]
+        for step, number in enumerate(order, start=1):
+            todo = batches_of[number]
             with _timed("calibration", seconds):
-                layers = list(chain(*window))
-                statistics = gather(model, layers, calibration, config, "Calibrating" + which, store, workers)
+                statistics = gather(model, relay, number, list(chain(*todo)), config, store, workers)
             with _timed("solving", seconds):
-                solved = solve_together(model, window, statistics, config, "Solving" + which, workers)
+                which = f" {step}/{len(order)}" if len(order) > 1 else ""
+                solved = solve_together(model, todo, statistics, config, "Solving" + which, workers)
                 for tensors, report in solved:
                     name = report.plan.name
                     if name in finished:
@@ -108,30 +123,63 @@ def _common(
     }
 
 
+def _outline(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> Outline:
+    """How the model runs, for the longest row; nothing if there are no data to run."""
+    if calibration is None:
+        return Outline()
+    return outline(model, max(map(len, calibration.rows)), config.guided, _place(config))
+
+
+def _place(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:
+    return lambda home: compute_device(home, config.device)
+
+
 def _begin(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
     layers_plan: Plan,
+    drawn: Outline,
     calibration: Calibration | None,
     run_folder: RunFolder | None,
     store: StatisticsStore | None,
-) -> tuple[list[list[LayerPlan]], dict[str, Finished]]:
-    """The batches of layers that are still to be solved, and the layers that an interrupted run has finished."""
-    work = divided(model, batches(model, layers_plan.layers), config)
-    if run_folder is None and store is None:
-        return work, {}
-    finished: dict[str, Finished] = {}
-    fingerprint = model_fingerprint(model)
+) -> tuple[list[Segment], list[list[list[LayerPlan]]], dict[str, Finished]]:
+    """Segments, what is still to be solved of each, in batches, and what an interrupted run has finished."""
+    footprint = Footprint(model, layers_plan.layers, drawn, _place(config))
+    started = None
+    if run_folder is not None or store is not None:
+        fingerprint = model_fingerprint(model)
     if run_folder is not None:
         identity = run_identity(model, fingerprint, config, layers_plan, calibration)
-        work = run_folder.begin(identity, layers_plan, work)
+        started = run_folder.batches(identity, layers_plan)
+    segments = divide(footprint, config, started or ())
+    work = [list(batches(model, segment.layers, config.device)) for segment in segments]
+    finished: dict[str, Finished] = {}
+    if run_folder is not None:
+        if started is None:
+            run_folder.begin(identity, chain(*work))
+        else:
+            work = [[batch for batch in started if batch[0] in segment.layers] for segment in segments]
         finished = run_folder.finished(layers_plan)
         # A batch is solved whole or not at all: in parts, its products could round differently.
-        work = [batch for batch in work if any(layer.name not in finished for layer in batch)]
-    if store is not None and calibration is not None and work:
+        work = [[batch for batch in part if any(layer.name not in finished for layer in batch)] for part in work]
+    if store is not None and calibration is not None and any(work):
         identity = statistics_identity(fingerprint, config, calibration)
-        store.begin(identity, environment(model), calibration.summary(), chain(*work))
-    return work, finished
+        store.begin(identity, environment(model, config.device), calibration.summary(), chain(*chain(*work)))
+    return segments, work, finished
+
+
+def _relay(
+    model: PreTrainedModel,
+    config: GuidedQuantConfig,
+    drawn: Outline,
+    segments: Sequence[Segment],
+    calibration: Calibration | None,
+    workers: Workers,
+) -> Relay:
+    """The rows at the start; without data, none."""
+    rows = [] if calibration is None else calibration.rows
+    borders = [(segment.start, segment.stop) for segment in segments]
+    return Relay(model, drawn, borders, rows, guided=config.guided, place=_place(config), workers=workers)
 
 
 def _summary(

@@ -51,6 +51,12 @@ class LayerPlan:
         return 4 * math.prod(self.statistics_shape)
 
     @property
+    def solver_bytes(self) -> int:
+        """Working memory of the solver, about: fp32 copies of the weight and of the Hessian."""
+        hessians = 3 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
+        return 4 * (6 * self.weights + hessians)
+
+    @property
     def weights(self) -> int:
         return self.out_features * self.in_features
 

@@ -15,8 +15,9 @@ from .calibration.rows import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
-from .linears import is_linear, linear_shape
+from .linears import is_linear, linear_shape, tensors_of
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
+from .resources import compute_device, free_memory
 from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
 from .workers import Workers
@@ -61,6 +62,8 @@ class GuidedQuantizer(HfQuantizer):
         # A copy, because quantization fills in the modules and the provenance.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # type: ignore[arg-type]
         self.quantization_config: GuidedQuantConfig
+        self._dense_bytes = 0
+        self._waits_on_cpu = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -77,13 +80,21 @@ class GuidedQuantizer(HfQuantizer):
             )
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
-        """Leave room for Hessians beside the full-precision weights."""
+        """Leave room for Hessians beside the full-precision weights.
+
+        A model that is larger than the GPUs waits in the CPU's memory, block by block taking its turn on a GPU.
+        """
         if self.pre_quantized:
             return max_memory
-        return {key: int(value * 0.8) if isinstance(value, int) else value for key, value in max_memory.items()}
+        limits = {key: int(value * 0.8) if isinstance(value, int) else value for key, value in max_memory.items()}
+        if self._dense_bytes > sum(value for key, value in limits.items() if key != "cpu" and isinstance(value, int)):
+            self._waits_on_cpu = True
+            return {key: value if key == "cpu" else 0 for key, value in limits.items()}
+        return limits
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            self._dense_bytes = sum(tensor.nbytes for tensor in tensors_of(model))
             return
         modules = _resolve_modules(model, self.quantization_config)
         for name, (bits, lut_dtype) in modules.items():
@@ -112,6 +123,8 @@ class GuidedQuantizer(HfQuantizer):
         """Run the pipeline on a loaded model and leave it as a quantized one."""
         config = self.quantization_config
         report = pipeline.run(model, config, freshly_loaded)
+        if self._waits_on_cpu:
+            _move_to_gpu(model, config)
         # The config stays on the model: the data must not.
         config.dataset, config.tokenizer, config.run_dir, config.statistics = "builtin", None, None, None
         model.config.quantization_config = config
@@ -141,6 +154,22 @@ class GuidedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:
+    """Take a model that has become small enough to where ``device_map="auto"`` would have it."""
+    device = compute_device(torch.device("cpu"), config.device)
+    size, free = sum(tensor.nbytes for tensor in tensors_of(model)), free_memory(device)
+    if size < 0.9 * free:
+        model.to(device)
+    else:
+        logger.warning(
+            "The quantized model (%.1f GiB) stays in the CPU's memory: %s has %.1f GiB free. Save it, and load it with "
+            'device_map="auto".',
+            size / 2**30,
+            device,
+            free / 2**30,
+        )
 
 
 def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[int, torch.dtype]]:

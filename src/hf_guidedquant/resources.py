@@ -21,6 +21,18 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def compute_device(home: torch.device, wanted: str | None = None) -> torch.device:
+    """Where the work on weights that lie on ``home`` is done.
+
+    On the CPU's behalf a GPU works, if there is one: ``wanted``, or else this process' current CUDA device.
+    """
+    if home.type != "cpu":
+        return home
+    if wanted is not None:
+        return torch.device(wanted)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else home
+
+
 @contextmanager
 def reproducible() -> Iterator[None]:
     """Deterministic kernels and full fp32 products inside; the caller's settings come back afterwards.

@@ -7,7 +7,7 @@ run_dir/lock       held by the process that is at work
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -42,35 +42,29 @@ class RunFolder:
     def __init__(self, folder: LayerFolder) -> None:
         self._folder = folder
 
-    def begin(
-        self,
-        identity: Mapping[str, Any],
-        plan: Plan,
-        batches: Sequence[list[LayerPlan]],
-    ) -> list[list[LayerPlan]]:
-        """Start a run, or go on with it.
+    def batches(self, identity: Mapping[str, Any], plan: Plan) -> list[list[LayerPlan]] | None:
+        """The layers that are solved together, if a run has started here; None if not.
+
+        Products of another batch size can round differently, so a run keeps its batches, whatever memory is free later.
 
         Args:
             identity: What the result depends on (:func:`run_identity`).
             plan: The layers of the run.
-            batches: The layers to solve together, if the run starts now.
-
-        Returns:
-            The batches to solve the layers in. Products of another batch size can round differently, so these are the
-            batches that the run started with, whatever memory is free today.
 
         Raises:
             FolderMismatchError: The folder belongs to a run with another result. The message names the differences.
         """
         record = self._folder.record()
         if record is None:
-            names = [[layer.name for layer in batch] for batch in batches]
-            record = {"about": _ABOUT, "identity": identity, "batches": names}
-            self._folder.write_record(record)
-        else:
-            self._folder.check_identity(record["identity"], identity)
+            return None
+        self._folder.check_identity(record["identity"], identity)
         layers = {layer.name: layer for layer in plan.layers}
         return [[layers[name] for name in batch] for batch in record["batches"]]
+
+    def begin(self, identity: Mapping[str, Any], batches: Iterable[Sequence[LayerPlan]]) -> None:
+        """Start a run."""
+        names = [[layer.name for layer in batch] for batch in batches]
+        self._folder.write_record({"about": _ABOUT, "identity": identity, "batches": names})
 
     def finished(self, plan: Plan) -> dict[str, Finished]:
         """The layers that are finished, by name, in any order and with any gaps; tensors on the CPU."""
@@ -132,6 +126,6 @@ def run_identity(
         "settings": {name: getattr(config, name) for name in _SETTINGS},
         "model": dict(fingerprint),
         "data": data,
-        "environment": environment(model),
+        "environment": environment(model, config.device),
         "layers": {layer.name: f"{layer.bits} bits by {layer.method}" for layer in plan.layers},
     }

@@ -16,6 +16,7 @@ from .formats import lut as lut_format
 from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
+from .resources import compute_device
 from .solvers import SOLVERS, SolverSpec
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
@@ -25,12 +26,14 @@ logger = logging.getLogger(__name__)
 
 # Working memory of a batch. Fixed, not a share of what is free: products of another batch size can round differently,
 # and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
-_BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 32
+_BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
 # All that a weight costs besides products with the Hessian, in inputs of such a product. For progress bars.
 _STEP_INPUTS = 4096
 
 
-def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[list[LayerPlan]]:
+def batches(
+    model: PreTrainedModel, layers: Iterable[LayerPlan], device: str | None = None
+) -> Iterator[list[LayerPlan]]:
     """Layers of one shape, setting and device, in batches of bounded memory.
 
     Coordinate descent walks over the inputs one by one, so many small layers at once cost hardly more steps than one.
@@ -38,11 +41,11 @@ def batches(model: PreTrainedModel, layers: Iterable[LayerPlan]) -> Iterator[lis
     alike: dict[tuple, list[LayerPlan]] = {}
     for layer in layers:
         weight = dense_weight(model.get_submodule(layer.name))
-        key = (replace(layer, name=""), weight.device, lut_format.codebook_dtype(weight))
+        key = (replace(layer, name=""), compute_device(weight.device, device), lut_format.codebook_dtype(weight))
         alike.setdefault(key, []).append(layer)
-    for (one, device, _), members in alike.items():
-        work = 4 * (6 * one.weights + 3 * one.num_groups * one.in_features**2)
-        size = max(1, (_BATCH_BYTES_CPU if device.type == "cpu" else _BATCH_BYTES_GPU) // work)
+    for (one, place, _), members in alike.items():
+        limit = _BATCH_BYTES_CPU if place.type == "cpu" else _BATCH_BYTES_GPU
+        size = max(1, limit // one.solver_bytes)
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
@@ -81,7 +84,7 @@ def solve_together(
 ) -> Iterator[tuple[dict[str, Tensor], LayerReport]]:
     """Packed tensors and reports of a window's layers, in order; several processes share the batches out.
 
-    ``statistics`` is emptied. Every process gets everything, on the device of the layer.
+    ``statistics`` is emptied. Every process gets everything, on the CPU.
     """
     owners = workers.owners([sum(map(_work, batch)) for batch in window])
     own = [batch for batch, owner in zip(window, owners, strict=True) if owner == workers.rank]
@@ -90,7 +93,8 @@ def solve_together(
             for layer in batch:
                 statistics.pop(layer.name, None)
     solved = (
-        (lut_format.encode(codes), report) for _, codes, report in solve_layers(model, own, statistics, config, title)
+        ({name: tensor.cpu() for name, tensor in lut_format.encode(codes).items()}, report)
+        for _, codes, report in solve_layers(model, own, statistics, config, title)
     )
     if workers.size == 1:
         yield from solved
@@ -101,10 +105,12 @@ def solve_together(
             tensors, report = mine.pop(layer.name, ({}, None))
             specs = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
             report, specs = workers.tell((report, specs), owner)
-            device = stored_weight(model.get_submodule(layer.name)).device
+            device = compute_device(stored_weight(model.get_submodule(layer.name)).device, config.device)
             for name, (shape, dtype) in specs.items():
-                tensors.setdefault(name, torch.empty(shape, dtype=dtype, device=device))
-                workers.hand_over(tensors[name], owner)
+                # On the device that computes, because not every backend reaches the CPU.
+                tensor = tensors[name].to(device) if name in tensors else torch.empty(shape, dtype=dtype, device=device)
+                workers.hand_over(tensor, owner)
+                tensors[name] = tensor.cpu()
             yield tensors, report
 
 
@@ -116,7 +122,7 @@ def _solve_batch(
     groups = one.num_groups
     modules = [model.get_submodule(layer.name) for layer in batch]
     # One device, also where a run goes on with its layers placed otherwise than when it started.
-    device = stored_weight(modules[0]).device
+    device = compute_device(stored_weight(modules[0]).device, config.device)
     weights = [dense_weight(module).to(device, torch.float32) for module in modules]
     grouped = torch.cat([_group_rows(weight, groups) for weight in weights])  # [layers * g, R, K]
     notes = [Conditioning(weight.new_zeros(groups)) for weight in weights]

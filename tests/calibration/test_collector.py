@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_model, token_rows
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_guidedquant.calibration import LayerStatistics, collect, collector, gram
+from hf_guidedquant.calibration import LayerStatistics, Outline, Relay, collector, gram
 from hf_guidedquant.calibration.collector import token_weights
 from hf_guidedquant.errors import CalibrationError, ModelError
 from hf_guidedquant.linears import dense_weight, is_linear
@@ -24,14 +23,13 @@ def gather(model, rows, **options):
     return {name: layer.hessian for name, layer in gather_statistics(model, rows, **options).items()}
 
 
-def gather_statistics(model, rows, groups=3, guided=True, diagonal=False, checkpointing=False):
-    layers = linears(model)
+def gather_statistics(model, rows, groups=3, guided=True, diagonal=False):
     statistics = {}
-    for name, module in layers.items():
+    for name, module in linears(model).items():
         inputs = dense_weight(module).shape[1]
         shape = (groups, inputs) if diagonal else (groups, inputs, inputs)
         statistics[name] = LayerStatistics.empty(shape, torch.device("cpu"))
-    collect(model, layers, statistics, rows, guided=guided, checkpointing=checkpointing)
+    Relay(model, Outline(), [(0, 0)], rows, guided=guided).collect(0, statistics)
     return statistics
 
 
@@ -90,33 +88,16 @@ def test_hessians_add_up_over_rows(llama, rows):
         assert (first[name] + second[name] - hessian).abs().amax() <= bound
 
 
-def test_checkpointing_changes_nothing(any_model, rows):
-    plain, checkpointed = gather(any_model, rows), gather(any_model, rows, checkpointing=True)
-    for name in plain:
-        assert torch.equal(plain[name], checkpointed[name]), name
-
-
-def test_checkpointing_keeps_one_block_at_a_time(llama, rows):
-    """Every block runs forward and once more when the backward pass comes to it, so nothing of it is kept before."""
-    runs = []
-    for index, block in enumerate(llama.model.layers):
-        block.mlp.register_forward_pre_hook(lambda module, args, index=index: runs.append(index))
-    gather(llama, rows[:1], checkpointing=True)
-    assert runs == [0, 1, 1, 0]
-
-
 def test_the_model_is_left_as_it_was(llama, rows):
     llama.train()
     llama.model.layers[0].eval()
     llama.lm_head.weight.requires_grad_(False)
     before = {name: (p.requires_grad, p.grad) for name, p in llama.named_parameters()}
     modes = [module.training for module in llama.modules()]
-    forwards = [module.forward for module in llama.modules() if isinstance(module, GradientCheckpointingLayer)]
     with torch.no_grad():
-        gather(llama, rows, checkpointing=True)
+        gather(llama, rows)
     assert {name: (p.requires_grad, p.grad) for name, p in llama.named_parameters()} == before
     assert [module.training for module in llama.modules()] == modes
-    assert [m.forward for m in llama.modules() if isinstance(m, GradientCheckpointingLayer)] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
 
 
@@ -146,7 +127,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch):
     monkeypatch.setattr(collector, "_LOSS_TOKENS", 7)
     logits = torch.randn(40, 50, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(50, (40,))
-    pieces = collector._end_loss(logits, targets)
+    pieces = collector._cross_entropy(logits, targets)
     whole = F.cross_entropy(logits, targets, reduction="sum")
     # Pieces are computed in fp32 even here, as everywhere.
     torch.testing.assert_close(pieces, whole.float(), rtol=50 * EPS32, atol=0)

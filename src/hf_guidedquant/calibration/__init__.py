@@ -1,18 +1,23 @@
-"""From data to Hessians: token rows, and the one pass over the model that turns them into statistics per layer."""
+"""From data to Hessians: token rows, and the pass over the model that turns them into statistics per layer."""
 
-from .collector import LayerStatistics, collect
-from .passes import divided, gather, windows
+from .collector import LayerStatistics
+from .outline import Outline, outline
+from .relay import Relay
 from .rows import Calibration, load_rows
+from .segments import Footprint, Segment, divide, gather
 from .store import StatisticsStore, open_statistics
 
 __all__ = [
     "Calibration",
+    "Footprint",
     "LayerStatistics",
+    "Outline",
+    "Relay",
+    "Segment",
     "StatisticsStore",
-    "collect",
-    "divided",
+    "divide",
     "gather",
     "load_rows",
     "open_statistics",
-    "windows",
+    "outline",
 ]

@@ -1,4 +1,4 @@
-"""One pass over the calibration rows that leaves a Hessian per linear layer (the guided objective, Kim et al. 2025).
+"""What a pass over the calibration rows leaves: a Hessian per linear layer (the guided objective, Kim et al. 2025).
 
 For a layer with inputs ``x_t`` and outputs ``z_t`` the Hessian of row group ``J_k`` is
 
@@ -11,18 +11,17 @@ with the layer's input still in hand, and adds to ``H`` there and then, on the l
 
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import CalibrationError, ModelError
 from ..linears import stored_weight
@@ -108,86 +107,33 @@ def token_weights(grad: Tensor, num_groups: int) -> Tensor:
     return torch.stack(norms, dim=-1).square()
 
 
-def collect(
-    model: PreTrainedModel,
-    layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, LayerStatistics],
-    rows: Sequence[Tensor],
-    *,
-    guided: bool,
-    checkpointing: bool,
-    on_row: Callable[[int], object] = lambda tokens: None,
-    workers: Workers | None = None,
-) -> None:
-    """Run every row through the model and add to ``statistics``, in place.
+@dataclass
+class Row:
+    """The row under way. ``valid`` is whether its loss is finite: a bool scalar on a device."""
+
+    valid: Tensor
+
+
+def end_loss(output: Any, ids: Tensor) -> Tensor:
+    """Next-token cross-entropy of a row, summed over its tokens.
 
     Args:
-        model: A causal language model; left as it was found.
-        layers: The linear modules to watch, by name.
-        statistics: Their (empty) statistics, by the same names.
-        rows: Token ids, int64 ``[seq]`` each.
-        guided: Weigh tokens by the squared output gradient. Otherwise all tokens count 1 and no backward pass runs.
-        checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
-        on_row: Called after every row with its number of tokens, for progress bars.
-        workers: Processes that share the rows; all end with the statistics of all rows.
+        output: What a causal language model gave for ``ids``.
+        ids: Token ids, int64 ``[T]``.
 
     Raises:
-        CalibrationError: More than 10 % of the rows had to be left out, of the model or of one layer.
         ModelError: The model gives no logits.
     """
-    workers = workers or Workers()
-    device = input_device(model)
-    losses = _Losses(device)
-    with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
-        if guided:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(_gradients_of_activations_only(model))
-            if checkpointing:
-                stack.enter_context(_checkpointed(model))
-            stack.enter_context(_repeatable_backward(model, rows[0]))
-            stack.enter_context(_tapped(layers, statistics, losses))
-        else:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(_watched(layers, statistics, losses))
-        for row in workers.share(rows):
-            _run_row(model, row.to(device), losses if guided else None)
-            on_row(row.numel())
-    workers.add_up(losses.bad)
-    for layer in statistics.values():
-        layer.add_up(workers)
-    _check_bad_rows(int(losses.bad), statistics, len(rows))
-
-
-class _Losses:
-    """Whether the loss of the row under way is finite, and how many were not, on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.valid = torch.ones((), dtype=torch.bool, device=device)
-        self.bad = torch.zeros((), dtype=torch.int64, device=device)
-
-    def take(self, loss: Tensor) -> None:
-        self.valid = torch.isfinite(loss.detach())
-        self.bad = self.bad.to(loss.device) + ~self.valid
-
-
-def _run_row(model: PreTrainedModel, ids: Tensor, losses: _Losses | None) -> None:
-    """Forward, and if there is a loss to be guided by, backward. Nothing here waits for the device."""
-    output = model(input_ids=ids.unsqueeze(0), use_cache=False)
-    if losses is None:
-        return
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() != 3:
         raise ModelError(
-            f"{type(model).__name__} gives no logits for every token, so there is no end loss to be guided by. "
+            "The model gives no logits for every token, so there is no end loss to be guided by. "
             "Load the model with its language-model head (AutoModelForCausalLM), or use guided=False."
         )
-    loss = _end_loss(logits[0, :-1], ids[1:].to(logits.device))
-    losses.take(loss)
-    loss.backward()
+    return _cross_entropy(logits[0, :-1], ids[1:].to(logits.device))
 
 
-def _end_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy summed over tokens: gradients keep their size whatever the row length, which fp16 needs.
 
     In pieces whose fp32 copies exist one at a time, forward and backward: with a large vocabulary, all at once would be
@@ -201,7 +147,12 @@ def _summed(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:
+def check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:
+    """Refuse statistics that too many rows had to be left out of.
+
+    Raises:
+        CalibrationError: More than 10 % of the rows, of the model or of one layer.
+    """
     worst = {name: int(layer.bad_rows) for name, layer in statistics.items()}
     name = max(worst, key=lambda key: worst[key])
     bad = worst[name]
@@ -242,12 +193,10 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def _tapped(
-    layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], losses: _Losses
-) -> Iterator[None]:
+def tapped(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], row: Row) -> Iterator[None]:
     def receive(layer: LayerStatistics, x: Tensor, grad: Tensor) -> None:
         weights = token_weights(grad.flatten(0, -2), layer.hessian.shape[0])
-        layer.add(x.flatten(0, -2), weights, losses.valid)
+        layer.add(x.flatten(0, -2), weights, row.valid)
 
     def tap(layer: LayerStatistics, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _Tap.apply(output, args[0].detach(), partial(receive, layer)) if output.requires_grad else output
@@ -257,11 +206,9 @@ def _tapped(
 
 
 @contextmanager
-def _watched(
-    layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], losses: _Losses
-) -> Iterator[None]:
+def watched(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], row: Row) -> Iterator[None]:
     def watch(layer: LayerStatistics, module: nn.Module, args: tuple) -> None:
-        layer.add(args[0].flatten(0, -2), None, losses.valid)
+        layer.add(args[0].flatten(0, -2), None, row.valid)
 
     with _hooks(module.register_forward_pre_hook(partial(watch, statistics[name])) for name, module in layers.items()):
         yield
@@ -276,7 +223,7 @@ def _hooks(handles: Iterator) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -287,7 +234,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
+def gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
     """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings()
@@ -300,52 +247,3 @@ def _gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
         start.remove()
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _repeatable_backward(model: PreTrainedModel, row: Tensor) -> Iterator[None]:
-    """Demand deterministic kernels of attention's backward pass, if all of the model's operations have them.
-
-    Fused attention is deterministic on a GPU only in torch's strict mode, which refuses some other operations; a trial
-    run with one row tells. On a CPU everything is deterministic anyway.
-    """
-    device = input_device(model)
-    if device.type == "cpu":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # cuBLAS reads this at every product; strict mode refuses to run without it.
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        torch.use_deterministic_algorithms(True)
-        try:
-            _run_row(model, row.to(device), _Losses(device))
-        except RuntimeError as error:
-            if "determinis" not in str(error):
-                raise
-            logger.warning("The calibration of this model is not repeatable bit for bit: %s", str(error).split(".")[0])
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        if workspace is None:
-            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
-
-
-@contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Run every decoder block under activation checkpointing, whatever the model's own settings and mode."""
-    replaced = []
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            replaced.append((module, module.__dict__.get("forward")))
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        for module, own in replaced:
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own

@@ -1,0 +1,217 @@
+"""How a model is divided for the pass over the data: segments of decoder blocks whose Hessians fit in memory."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..config import GuidedQuantConfig
+from ..errors import ModelError
+from ..linears import stored_weight, tensors_of
+from ..plan import LayerPlan
+from ..resources import compute_device, free_memory
+from ..workers import Workers
+from .collector import LayerStatistics
+from .outline import Outline
+from .relay import Relay
+from .store import StatisticsStore
+
+logger = logging.getLogger(__name__)
+
+# Shares of the free memory to plan with. The rest is for what an allocator cannot use and libraries take.
+_SHARE_GPU, _SHARE_CPU = 0.92, 0.8
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Decoder blocks from ``start`` to before ``stop``, and the layers in them that are to be quantized."""
+
+    start: int
+    stop: int
+    layers: tuple[LayerPlan, ...]
+
+
+class Footprint:
+    """The memory that calibrating and solving some of a model's blocks takes, by device.
+
+    Args:
+        model: On any devices.
+        layers: What is to be quantized.
+        drawn: The model's outline.
+        place: Where the work on weights of a device is done.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Iterable[LayerPlan],
+        drawn: Outline,
+        place: Callable[[torch.device], torch.device],
+    ) -> None:
+        self.outline = drawn
+        self.count = max(1, len(drawn.blocks))
+        self.layers: list[list[LayerPlan]] = [[] for _ in range(self.count)]
+        # Bytes by device: always there, moved there for the whole pass, and of each block.
+        self.resident, self._moved = Counter[torch.device](), Counter[torch.device]()
+        self._block_moved = [Counter[torch.device]() for _ in range(self.count)]
+        self._hessians = [Counter[torch.device]() for _ in range(self.count)]
+        self._solver = [Counter[torch.device]() for _ in range(self.count)]
+        inside = {
+            id(tensor): number
+            for number, name in enumerate(drawn.blocks)
+            for tensor in tensors_of(model.get_submodule(name))
+        }
+        self._homes = [set[torch.device]() for _ in range(self.count)]
+        for tensor in tensors_of(model):
+            device, number = place(tensor.device), inside.get(id(tensor))
+            if device == tensor.device:
+                self.resident[device] += tensor.nbytes
+            else:
+                (self._moved if number is None else self._block_moved[number])[device] += tensor.nbytes
+            self._homes[number or 0].add(device)
+        for layer in layers:
+            number = drawn.places.get(layer.name, 0)
+            device = place(stored_weight(model.get_submodule(layer.name)).device)
+            self.layers[number].append(layer)
+            self._hessians[number][device] += layer.statistics_bytes
+            self._solver[number][device] = max(self._solver[number][device], layer.solver_bytes)
+
+    def hessians(self, start: int, stop: int) -> Counter[torch.device]:
+        """Bytes of the blocks' Hessians."""
+        return sum(self._hessians[start:stop], Counter())
+
+    def __call__(self, start: int, stop: int) -> Counter[torch.device]:
+        """Bytes that blocks from ``start`` to before ``stop`` take at the worst moment, beside what is always there."""
+        found = self.hessians(start, stop)
+        for device in set().union(*self._homes[start:stop]):
+            here = [k for k in range(start, stop) if device in self._homes[k]]
+            weights = self._moved[device] + sum(self._block_moved[k][device] for k in here)
+            row = self.outline.row_bytes(here if self.outline.blocks else [])
+            found[device] += max(weights + row, *(self._solver[k][device] for k in here))
+        return found
+
+
+def divide(
+    footprint: Footprint, config: GuidedQuantConfig, together: Iterable[Sequence[LayerPlan]] = ()
+) -> list[Segment]:
+    """As few segments as fit into the memory of every device.
+
+    Args:
+        footprint: What blocks take.
+        config: ``max_memory`` limits what may be used.
+        together: Layers that must not be divided.
+
+    Raises:
+        ModelError: Not even one block fits.
+    """
+    rooms = {device: _room(device, footprint.resident[device], config) for device in footprint(0, footprint.count)}
+    borders: list[tuple[int, int]] = []
+    for start, stop in reversed(_indivisible(footprint, together)):
+        if borders and _fits(footprint(start, borders[0][1]), rooms):
+            borders[0] = (start, borders[0][1])
+            continue
+        borders.insert(0, (start, stop))
+        _check(footprint, start, stop, rooms, config)
+    if len(borders) > 1:
+        logger.info("Memory allows for %s, so the model is calibrated in %d segments.", _room_text(rooms), len(borders))
+    return [Segment(a, b, tuple(layer for block in footprint.layers[a:b] for layer in block)) for a, b in borders]
+
+
+def _indivisible(footprint: Footprint, together: Iterable[Sequence[LayerPlan]]) -> list[tuple[int, int]]:
+    """The smallest segments: single blocks, but for layers that have to stay together."""
+    stops = [number + 1 for number in range(footprint.count)]
+    places = {layer.name: number for number, block in enumerate(footprint.layers) for layer in block}
+    for batch in together:
+        numbers = [places[layer.name] for layer in batch]
+        stops[min(numbers)] = max(stops[min(numbers)], max(numbers) + 1)
+    found, start = [], 0
+    while start < footprint.count:
+        stop = start + 1
+        number = start
+        while number < stop:
+            stop = max(stop, stops[number])
+            number += 1
+        found.append((start, stop))
+        start = stop
+    return found
+
+
+def _room(device: torch.device, resident: int, config: GuidedQuantConfig) -> int:
+    """Bytes that may be used on a device besides the weights that lie there."""
+    free = int((_SHARE_CPU if device.type == "cpu" else _SHARE_GPU) * free_memory(device))
+    return free if config.max_memory is None else min(free, int(config.max_memory * 2**30) - resident)
+
+
+def _room_text(rooms: Mapping[torch.device, int]) -> str:
+    return ", ".join(f"{max(0, room) / 2**30:.3g} GiB beside the weights on {device}" for device, room in rooms.items())
+
+
+def _fits(need: Mapping[torch.device, int], rooms: Mapping[torch.device, int]) -> bool:
+    return all(need[device] <= room for device, room in rooms.items())
+
+
+def _check(
+    footprint: Footprint, start: int, stop: int, rooms: Mapping[torch.device, int], config: GuidedQuantConfig
+) -> None:
+    """Refuse what cannot work; say what may not."""
+    for device, need in footprint(start, stop).items():
+        room, hessians = rooms[device], footprint.hessians(start, stop)[device]
+        if need <= room:
+            continue
+        blocks = footprint.outline.blocks[start:stop]
+        where = f"{blocks[0]}{f' to {blocks[-1]}' if len(blocks) > 1 else ''}" if blocks else "the model"
+        message = (
+            f"Quantizing {where} takes {need / 2**30:.3g} GiB beside the weights on {device}, of which Hessians "
+            f"{hessians / 2**30:.3g} GiB, and {max(0, room) / 2**30:.3g} GiB can be used"
+        )
+        if config.max_memory is not None or hessians > room:
+            limit = f"raise max_memory ({config.max_memory:g}), " if config.max_memory is not None else ""
+            advice = f"{limit}lower num_groups ({config.num_groups}) or seq_len ({config.seq_len})"
+            raise ModelError(f"{message}. {advice[0].upper()}{advice[1:]}, or leave layers out.")
+        logger.warning("%s. It may not be enough.", message)
+
+
+def gather(
+    model: PreTrainedModel,
+    relay: Relay,
+    number: int,
+    layers: Sequence[LayerPlan],
+    config: GuidedQuantConfig,
+    store: StatisticsStore | None = None,
+    workers: Workers | None = None,
+) -> dict[str, LayerStatistics]:
+    """Statistics of the layers of a segment, by name; layers whose method needs none are left out.
+
+    What ``store`` has is taken from there, and the rest is kept there; the rows do not move if nothing is missing.
+    Several processes share the rows; the store is the first one's, and the result is everyone's.
+    """
+    workers = workers or Workers()
+    devices = {
+        layer.name: compute_device(stored_weight(model.get_submodule(layer.name)).device, config.device)
+        for layer in layers
+    }
+    wanted = {layer.name: layer for layer in layers if layer.statistics != "none"}
+    found: dict[str, LayerStatistics] = {}
+    if store is not None:
+        loaded = {name: store.load(layer, devices[name]) for name, layer in wanted.items()}
+        found = {name: kept for name, kept in loaded.items() if kept is not None}
+    for_any_method = config.statistics is not None
+    statistics = {
+        name: LayerStatistics.empty(layer.statistics_shape, devices[name], for_any_method)
+        for name, layer in wanted.items()
+        if name not in found
+    }
+    for name in workers.tell(list(found), 0):
+        kept = found.setdefault(name, statistics.get(name))  # type: ignore[arg-type]
+        statistics.pop(name, None)
+        workers.hand_over(kept.hessian, 0)
+        workers.hand_over(kept.bad_rows, 0)
+    if statistics:
+        relay.collect(number, statistics)
+    if store is not None:
+        for name, collected in statistics.items():
+            store.save(name, collected)
+    return found | statistics

@@ -1,0 +1,168 @@
+"""Segments of decoder blocks: the same Hessians however the blocks are divided, one segment in memory at a time."""
+
+import pytest
+import torch
+from conftest import tiny_model, token_rows
+from test_collector import linears
+
+from hf_guidedquant.calibration import LayerStatistics, Relay, outline
+from hf_guidedquant.errors import CalibrationError
+from hf_guidedquant.linears import dense_weight
+
+
+def stay(device):
+    return device
+
+
+def relay_of(model, rows, borders, guided=True):
+    return Relay(model, outline(model, rows[0].numel(), guided, stay), borders, rows, guided=guided)
+
+
+def statistics_of(model, drawn, start, stop, groups=2):
+    found = {}
+    for name, module in linears(model).items():
+        if start <= drawn.places[name] < stop:
+            size = dense_weight(module).shape[1]
+            found[name] = LayerStatistics.empty((groups, size, size), torch.device("cpu"))
+    return found
+
+
+def gather(model, rows, borders, guided=True, skip=()):
+    drawn = outline(model, rows[0].numel(), guided, stay)
+    relay = Relay(model, drawn, borders, rows, guided=guided)
+    found = {}
+    for number in relay.order:
+        if number not in skip:
+            statistics = statistics_of(model, drawn, *borders[number])
+            relay.collect(number, statistics)
+            found |= statistics
+    return {name: layer.hessian for name, layer in found.items()}
+
+
+@pytest.fixture(params=["llama-tied", "qwen3", "gemma3", "gpt2"])
+def four_blocks(request):
+    return tiny_model(request.param, blocks=4)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("borders", [[(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 3), (3, 4)], [(0, 1), (1, 4)]])
+def test_segments_change_nothing(four_blocks, rows, borders, guided):
+    whole, divided = (gather(four_blocks, rows, parts, guided) for parts in ([(0, 4)], borders))
+    assert whole.keys() == divided.keys() == linears(four_blocks).keys()
+    for name, hessian in whole.items():
+        assert hessian.abs().amax() > 0
+        assert torch.equal(hessian, divided[name]), name
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_segments_can_be_left_out(rows, guided):
+    model, borders = tiny_model(blocks=4), [(0, 1), (1, 2), (2, 3), (3, 4)]
+    whole = gather(model, rows, [(0, 4)], guided)
+    some = gather(model, rows, borders, guided, skip=(0, 2) if guided else (1, 3))
+    assert 0 < len(some) < len(whole)
+    for name, hessian in some.items():
+        assert torch.equal(hessian, whole[name]), name
+
+
+def test_a_block_runs_once_to_be_read_and_once_to_be_calibrated(rows):
+    model, runs = tiny_model(blocks=3), []
+    for index, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda module, args, index=index: runs.append(index))
+    relay = relay_of(model, rows[:1], [(0, 1), (1, 2), (2, 3)])
+    runs.clear()
+    for number in relay.order:
+        relay.collect(number, statistics_of(model, relay._outline, number, number + 1))
+    assert runs == [0, 1, 2, 1, 0]
+
+
+def test_bad_rows_are_left_out_of_every_segment():
+    model, rows = tiny_model(), token_rows(20)
+    borders = [(0, 1), (1, 2)]
+    good = gather(model, rows[:7] + rows[8:], borders)
+    relay = relay_of(model, rows, borders)
+    calls = iter(range(10**6))
+    # Behind the last block: it runs when the last segment is calibrated, and at no other time.
+    model.model.norm.register_forward_hook(lambda m, a, output: output * float("inf") if next(calls) == 7 else output)
+    for number in relay.order:
+        statistics = statistics_of(model, relay._outline, *borders[number])
+        relay.collect(number, statistics)
+        for name, layer in statistics.items():
+            assert layer.bad_rows == 1
+            assert torch.equal(layer.hessian, good[name]), name
+
+
+def test_too_many_bad_rows_abort_the_first_segment(rows):
+    model = tiny_model()
+    relay = relay_of(model, rows, [(0, 1), (1, 2)])
+    model.model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
+    with pytest.raises(CalibrationError, match="8 of 8 calibration rows gave NaN or infinity in the loss"):
+        relay.collect(1, statistics_of(model, relay._outline, 1, 2))
+
+
+def test_the_model_is_left_as_it_was(rows):
+    model = tiny_model(blocks=3).train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    relay = relay_of(model, rows, [(0, 1), (1, 2), (2, 3)])
+    before = {name: (p.requires_grad, p.grad, p.data_ptr()) for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    own = [dict(module.__dict__) for module in model.modules()]
+    with torch.no_grad():
+        for number in relay.order:
+            relay.collect(number, statistics_of(model, relay._outline, number, number + 1))
+    assert {name: (p.requires_grad, p.grad, p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert [module.training for module in model.modules()] == modes
+    assert [module.__dict__.keys() for module in model.modules()] == [attributes.keys() for attributes in own]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class TestOutline:
+    def test_blocks_in_order_and_what_runs_where(self):
+        model = tiny_model("gpt2", blocks=3)
+        drawn = outline(model, 16, True, stay)
+        assert drawn.blocks == ("transformer.h.0", "transformer.h.1", "transformer.h.2")
+        assert drawn.places["transformer.wte"] == 0
+        assert drawn.places["transformer.h.1.mlp.c_fc"] == 1
+        assert drawn.places["transformer.ln_f"] == drawn.places["lm_head"] == 2
+
+    def test_alike_blocks_take_alike(self):
+        drawn = outline(tiny_model(blocks=5), 32, True, stay)
+        assert drawn.kept[1] == drawn.kept[2] == drawn.kept[3] > 0
+        assert drawn.extra[1] == drawn.extra[2] == drawn.extra[3] > 0
+
+    def test_what_a_row_takes_grows_with_its_tokens_and_blocks(self):
+        model = tiny_model(blocks=4)
+        short, long = (outline(model, tokens, True, stay) for tokens in (32, 64))
+        assert long.kept[1] > 1.9 * short.kept[1]
+        assert short.row_bytes([0, 1, 2, 3]) > short.row_bytes([2, 3]) > short.row_bytes([3]) > 0
+        assert short.row_bytes([1, 2]) - short.row_bytes([1]) == short.kept[1]
+
+    def test_without_gradients_hidden_states_are_all_that_stays(self):
+        drawn = outline(tiny_model(blocks=4), 32, False, stay)
+        assert drawn.kept[1:3] == (0, 0)
+
+    def test_a_model_on_the_meta_device(self):
+        with torch.device("meta"):
+            model = tiny_model(blocks=4)
+        assert outline(model, 32, True, lambda device: torch.device("cpu")) == outline(
+            tiny_model(blocks=4), 32, True, stay
+        )
+
+    def test_blocks_that_share_more_than_hidden_states_stay_together(self):
+        model = tiny_model()
+        first, second = model.model.layers
+
+        def lend(module, args, kwargs):
+            return args, kwargs | {"from_before": lent[0]}
+
+        lent = []
+        first.register_forward_hook(lambda module, args, output: lent.append(output * 2))
+        second.register_forward_pre_hook(lend, with_kwargs=True)
+        drawn = outline(model, 16, True, stay)
+        assert drawn.blocks == () and drawn.after > 0
+
+    def test_code_that_needs_data_gives_an_empty_outline_and_a_warning(self, caplog):
+        model = tiny_model()
+        model.model.norm.register_forward_hook(lambda module, args, output: output * output.sum().item())
+        assert not outline(model, 16, True, stay).blocks
+        assert "cannot be foretold" in caplog.text

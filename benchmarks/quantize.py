@@ -74,6 +74,9 @@ def main() -> None:
             torch.cuda.set_per_process_memory_fraction(
                 options.memory * 2**30 / torch.cuda.get_device_properties(0).total_memory
             )
+    forecast = hf_guidedquant.plan(model, config)
+    print(forecast.table(), flush=True)
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
     model = hf_guidedquant.quantize(model, config)
     report = model.quantization_report
@@ -94,9 +97,12 @@ def main() -> None:
     print(f"  calibration: {tokens / report.seconds['calibration']:.0f} tokens/s, {rate / 1e12:.0f} TFLOP/s", end="")
     print(f" = {rate / matrix_rate():.0%} of a bf16 product's" if cuda else "")
     sizes = {"peak GPU memory": peak, "weights before": dense_bytes, "files": saved_bytes}
+    expected = ", ".join(f"{stage} {value:.0f} s" for stage, value in forecast.seconds.items())
+    print(f"  planned: {expected}, {forecast.memory.get('cuda:0', 0) / 2**30:.2f} GiB")
     print("  " + ", ".join(f"{what} {nbytes / 2**30:.2f} GiB" for what, nbytes in sizes.items()))
     if options.output:
         result = vars(options) | {"output": None, "device_name": name, "seconds": seconds, "peak_bytes": peak}
+        result |= {"planned_seconds": forecast.seconds, "planned_bytes": forecast.memory, "segments": forecast.segments}
         options.output.write_text(json.dumps(result | {"saved_bytes": saved_bytes, "rate": rate}, indent=1))
 
 

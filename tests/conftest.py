@@ -20,8 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hf_guidedquant import plan
 from hf_guidedquant.calibration import Footprint, outline
+from hf_guidedquant.plan import plan_layers
 from hf_guidedquant.resources import compute_device
 
 VOCABULARY = 128
@@ -88,7 +88,7 @@ def memory_for(model, config, blocks: int = 1) -> float:
     def place(device):
         return compute_device(device, config.device)
 
-    footprint = Footprint(model, plan(model, config).layers, outline(model, 33, config.guided, place), place)
+    footprint = Footprint(model, plan_layers(model, config).layers, outline(model, 33, config.guided, place), place)
     needs = [footprint(start, start + blocks) for start in range(footprint.count - blocks + 1)]
     return max((need[device] + footprint.resident[device]) / 2**30 for need in needs for device in need)
 

@@ -159,15 +159,16 @@ def test_ops_agree_with_the_cpu_and_pass_opcheck():
 
 
 class TestWeightsInTheCpusMemory:
-    """The GPU works, a segment of the model at a time; the result is that of weights on the GPU."""
+    """The GPU works, a segment of the model at a time; the result is that of weights on the GPU, in as many of them."""
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2"])
-    def test_segments_visit_the_gpu(self, architecture, dtype):
+    def test_segments_visit_the_gpu(self, architecture, dtype, caplog):
         dense = tiny_model(architecture, blocks=4).to(dtype)
-        on_gpu = hf_guidedquant.quantize(copy.deepcopy(dense).cuda(), config())
-        settings = config(max_memory=memory_for(copy.deepcopy(dense), config(), blocks=2))
-        visiting = hf_guidedquant.quantize(copy.deepcopy(dense), settings)
+        resident, waiting = copy.deepcopy(dense).cuda(), copy.deepcopy(dense)
+        on_gpu = hf_guidedquant.quantize(resident, config(max_memory=memory_for(resident, config(), blocks=2)))
+        visiting = hf_guidedquant.quantize(waiting, config(max_memory=memory_for(waiting, config(), blocks=2)))
+        assert caplog.text.count("in 2 segments") == 2
         assert {tensor.device.type for tensor in visiting.state_dict().values()} == {"cpu"}
         for name, tensor in on_gpu.state_dict().items():
             assert torch.equal(tensor.cpu(), visiting.state_dict()[name]), name

@@ -34,6 +34,7 @@ ROOMS = [
     "report",
     "companions",
     "solving",
+    "forecast",
     "run_folder",
     "pipeline",
     "quantizer",

@@ -10,8 +10,8 @@ from . import errors, evaluate
 from .checkpoint import save
 from .config import GuidedQuantConfig
 from .decoding import GraphedDecode, graphed_decode
+from .forecast import plan
 from .nn import GuidedLinear, cache_dequantized, fuse, unfuse
-from .plan import plan
 from .quantizer import GuidedQuantizer, quantize, register
 from .triton_kernels import set_backend
 

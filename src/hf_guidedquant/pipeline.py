@@ -35,7 +35,7 @@ from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, Tok
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import stored_weight
 from .nn import GuidedLinear, quantized_modules, replace_module
-from .plan import LayerPlan, Plan, plan
+from .plan import LayerPlan, Plan, plan_layers
 from .report import Report
 from .resources import compute_device, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -66,7 +66,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     if not workers.first:
         disable_progress_bar()
     check_model(model)
-    layers_plan = plan(model, config)
+    layers_plan = plan_layers(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
     seconds: dict[str, float] = {}
     with (

@@ -89,7 +89,7 @@ class Plan:
         return 8 * sum(layer.packed_bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
 
-def plan(model: nn.Module, config: GuidedQuantConfig) -> Plan:
+def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     """Decide for every layer of ``model`` whether and how it is quantized.
 
     Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules

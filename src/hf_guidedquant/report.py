@@ -97,10 +97,10 @@ class Report:
         for (name, out, inp, bits, method), members in kinds.items():
             means = [_mean([m.objectives[s] for m in members if s in m.objectives]) for s in stages]
             rows.append([name, str(len(members)), f"{out} x {inp}", str(bits), method, *means])
-        lines = _align(rows)
+        lines = align(rows)
         lines.append(
             f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; whole model "
-            f"{_megabytes(self.dense_bytes)} -> {_megabytes(self.quantized_bytes)} "
+            f"{megabytes(self.dense_bytes)} -> {megabytes(self.quantized_bytes)} "
             f"({self.dense_bytes / self.quantized_bytes:.2f}x smaller)"
         )
         repaired = [
@@ -126,11 +126,13 @@ def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.5f}" if values else ""
 
 
-def _megabytes(size: float) -> str:
+def megabytes(size: float) -> str:
+    """A size for people."""
     return f"{size / 1e6:,.1f} MB"
 
 
-def _align(rows: list[list[str]]) -> list[str]:
+def align(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns are as wide as they have to be."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -182,7 +184,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
     if report is not None:
         lines += [
             f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
-            f"| size | {_megabytes(report.quantized_bytes)} (before: {_megabytes(report.dense_bytes)}) |",
+            f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
         ]
         lines += [f"| {name} | {value} |" for name, value in report.measured.items()]
     if all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items()):

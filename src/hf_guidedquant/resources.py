@@ -21,16 +21,24 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that this process may use of ``device``."""
+    if device.type == "cuda":
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+        return int(fraction * torch.cuda.get_device_properties(device).total_memory)
+    return psutil.virtual_memory().total
+
+
 def compute_device(home: torch.device, wanted: str | None = None) -> torch.device:
     """Where the work on weights that lie on ``home`` is done.
 
     On the CPU's behalf a GPU works, if there is one: ``wanted``, or else this process' current CUDA device.
     """
-    if home.type != "cpu":
+    if home.type not in ("cpu", "meta"):
         return home
     if wanted is not None:
         return torch.device(wanted)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else home
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextmanager

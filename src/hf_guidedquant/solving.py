@@ -57,7 +57,7 @@ def solve_layers(
     title: str = "Solving",
 ) -> Iterator[tuple[LayerPlan, Codes, LayerReport]]:
     """Solve batch after batch. ``statistics`` is emptied on the way, so that its memory is free as early as can be."""
-    total = sum(_work(layer) for batch in window for layer in batch)
+    total = sum(solver_work(layer) for batch in window for layer in batch)
     with tqdm(total=total, desc=title, unit="op", unit_scale=True) as bar:
         for batch in window:
             found = [statistics.pop(layer.name, None) for layer in batch]
@@ -65,11 +65,11 @@ def solve_layers(
                 solved = _solve_batch(model, batch, found, config)
             for layer, codes, report in solved:
                 logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
-                bar.update(_work(layer))
+                bar.update(solver_work(layer))
                 yield layer, codes, report
 
 
-def _work(layer: LayerPlan) -> int:
+def solver_work(layer: LayerPlan) -> int:
     """What a layer costs to solve, up to a factor: with a Hessian, its products with the weights besides."""
     return layer.weights * (_STEP_INPUTS + layer.in_features if layer.statistics == "hessian" else _STEP_INPUTS)
 
@@ -86,7 +86,7 @@ def solve_together(
 
     ``statistics`` is emptied. Every process gets everything, on the CPU.
     """
-    owners = workers.owners([sum(map(_work, batch)) for batch in window])
+    owners = workers.owners([sum(map(solver_work, batch)) for batch in window])
     own = [batch for batch, owner in zip(window, owners, strict=True) if owner == workers.rank]
     for batch, owner in zip(window, owners, strict=True):
         if owner != workers.rank:

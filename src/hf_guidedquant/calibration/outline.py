@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,6 +22,14 @@ from ..errors import GuidedQuantError
 from .collector import end_loss, evaluating, gradients_of_activations_only
 
 logger = logging.getLogger(__name__)
+
+
+class Operation(NamedTuple):
+    """Floating-point operations of matrix products, and bytes read and written; whether in the backward pass."""
+
+    flops: int
+    nbytes: int
+    backward: bool
 
 
 @dataclass(frozen=True)
@@ -33,19 +42,25 @@ class Outline:
         outputs: Of every block: None if it gives a tensor, the length if a tuple, of which the first are the states.
         places: Name of a module -> number of the block that it runs in. What runs before the blocks counts to the
             first, what runs after them to the last.
+        tokens: Length of the row.
         before: Bytes that are there when the first block starts.
+        border: Bytes of the hidden states that enter a block.
         kept: Bytes that stay from each block's forward pass until its backward pass.
         extra: Bytes beside those, at the worst moment of each block, forward or backward.
         after: The same from the last block to the loss and back; of a model without blocks, of everything.
+        work: All operations of the row.
     """
 
     blocks: tuple[str, ...] = ()
     outputs: tuple[int | None, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
     before: int = 0
+    border: int = 0
     kept: tuple[int, ...] = ()
     extra: tuple[int, ...] = ()
     after: int = 0
+    work: tuple["Operation", ...] = field(default=(), repr=False, compare=False)
 
     def row_bytes(self, blocks: Sequence[int]) -> int:
         """Bytes that a row takes at the worst moment on its way through some of the blocks, in order."""
@@ -73,7 +88,7 @@ def outline(
     Raises:
         ModelError: The model gives no logits.
     """
-    watch = _Watch(guided)
+    watch = _Watch(guided, tokens)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if guided:
@@ -93,7 +108,9 @@ def outline(
             stack.enter_context(watch.memory)
             output = functional_call(model, tensors, (), {"input_ids": ids.unsqueeze(0), "use_cache": False})
             if guided:
-                end_loss(output, ids).backward()
+                loss = end_loss(output, ids)
+                watch.memory.backward = True
+                loss.backward()
             return watch.outline()
         except GuidedQuantError:
             raise
@@ -113,18 +130,23 @@ def replace_hidden_states(args: tuple, kwargs: dict[str, Any], states: Any) -> t
 
 
 class _Memory(TorchDispatchMode):
-    """Bytes of the tensors that operations inside have made and that are still alive."""
+    """Bytes of the tensors that operations inside have made and that are still alive; and the operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self._peak = 0
         self._alive: set[int] = set()
+        self.work: list[Operation] = []
+        self.backward = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        for tensor in made:
+            self._add(tensor.untyped_storage())
+        if not func.is_view and "empty" not in func.__name__:
+            nbytes = sum(t.nbytes for t in (*made, *tree_leaves((args, kwargs))) if isinstance(t, Tensor))
+            self.work.append(Operation(_flops(func, args, kwargs or {}, result), nbytes, self.backward))
         return result
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
@@ -149,11 +171,25 @@ class _Memory(TorchDispatchMode):
         self.now -= size
 
 
+def _flops(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
+    """Operations of a matrix product or of attention."""
+    packet = func._overloadpacket
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    if "scaled_dot_product" in packet.__name__:
+        # Two products of [T, D] and [D, T] forward, five backward, per head.
+        tensors = [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+        queries, keys = tensors[1:3] if "backward" in packet.__name__ else tensors[:2]
+        return (10 if "backward" in packet.__name__ else 4) * queries.numel() * keys.shape[-2]
+    return 0
+
+
 @dataclass
 class _Block:
-    """Bytes when a block starts and ends, and the most while it runs, forward and backward."""
+    """Bytes of a block's hidden states, bytes when it starts and ends, and the most while it runs, both ways."""
 
     name: str
+    states: int
     start: int
     before: int
     end: int = 0
@@ -165,8 +201,9 @@ class _Block:
 class _Watch:
     """Notes the memory whenever hidden states, or their gradients, come to a border between blocks."""
 
-    def __init__(self, guided: bool) -> None:
+    def __init__(self, guided: bool, tokens: int) -> None:
         self.memory = _Memory()
+        self._tokens = tokens
         self._guided = guided
         self._blocks: list[_Block] = []
         self._places: dict[str, int] = {}
@@ -198,7 +235,7 @@ class _Watch:
             again = any(block.name == name for block in self._blocks)
             if again or not isinstance(states, Tensor) or any(tensor.requires_grad for tensor in others):
                 self._apart = False
-            self._blocks.append(_Block(name, self.memory.now, self.memory.peak()))
+            self._blocks.append(_Block(name, getattr(states, "nbytes", 0), self.memory.now, self.memory.peak()))
 
         return starts
 
@@ -224,21 +261,24 @@ class _Watch:
         rest = self.memory.peak()
         blocks = self._blocks
         if not blocks:
-            return Outline(after=rest)
+            return Outline(tokens=self._tokens, after=rest, work=tuple(self.memory.work))
         if self._guided:
             blocks[0].backward = rest
         else:
             self._after = rest
         if not self._apart:
             highest = max(rest, self._after, *(max(b.before, b.forward, b.backward) for b in blocks))
-            return Outline(after=highest)
+            return Outline(tokens=self._tokens, after=highest, work=tuple(self.memory.work))
         ends = [block.start for block in blocks[1:]] + [blocks[-1].end]
         return Outline(
             blocks=tuple(block.name for block in blocks),
             outputs=tuple(block.output for block in blocks),
             places=self._places,
+            tokens=self._tokens,
             before=blocks[0].start,
+            border=max(block.states for block in blocks),
             kept=tuple(end - block.start for block, end in zip(blocks, ends, strict=True)),
             extra=tuple(max(b.forward, b.backward) - end for b, end in zip(blocks, ends, strict=True)),
             after=self._after - ends[-1],
+            work=tuple(self.memory.work),
         )

@@ -42,6 +42,7 @@ class Footprint:
         layers: What is to be quantized.
         drawn: The model's outline.
         place: Where the work on weights of a device is done.
+        home: Where weights of a device lie; for those on the meta device.
     """
 
     def __init__(
@@ -50,15 +51,19 @@ class Footprint:
         layers: Iterable[LayerPlan],
         drawn: Outline,
         place: Callable[[torch.device], torch.device],
+        home: Callable[[torch.device], torch.device] = lambda device: device,
     ) -> None:
         self.outline = drawn
         self.count = max(1, len(drawn.blocks))
         self.layers: list[list[LayerPlan]] = [[] for _ in range(self.count)]
         # Bytes by device: always there, moved there for the whole pass, and of each block.
         self.resident, self._moved = Counter[torch.device](), Counter[torch.device]()
+        # Of what is always there, what is still to come.
+        self.pending = Counter[torch.device]()
         self._block_moved = [Counter[torch.device]() for _ in range(self.count)]
         self._hessians = [Counter[torch.device]() for _ in range(self.count)]
         self._solver = [Counter[torch.device]() for _ in range(self.count)]
+        self._taps = [0] * self.count
         inside = {
             id(tensor): number
             for number, name in enumerate(drawn.blocks)
@@ -67,8 +72,9 @@ class Footprint:
         self._homes = [set[torch.device]() for _ in range(self.count)]
         for tensor in tensors_of(model):
             device, number = place(tensor.device), inside.get(id(tensor))
-            if device == tensor.device:
+            if device == home(tensor.device):
                 self.resident[device] += tensor.nbytes
+                self.pending[device] += tensor.nbytes if tensor.is_meta else 0
             else:
                 (self._moved if number is None else self._block_moved[number])[device] += tensor.nbytes
             self._homes[number or 0].add(device)
@@ -78,6 +84,8 @@ class Footprint:
             self.layers[number].append(layer)
             self._hessians[number][device] += layer.statistics_bytes
             self._solver[number][device] = max(self._solver[number][device], layer.solver_bytes)
+            # A layer's activations, scaled, and whether they are finite.
+            self._taps[number] = max(self._taps[number], 8 * drawn.tokens * layer.in_features)
 
     def hessians(self, start: int, stop: int) -> Counter[torch.device]:
         """Bytes of the blocks' Hessians."""
@@ -90,6 +98,7 @@ class Footprint:
             here = [k for k in range(start, stop) if device in self._homes[k]]
             weights = self._moved[device] + sum(self._block_moved[k][device] for k in here)
             row = self.outline.row_bytes(here if self.outline.blocks else [])
+            row += max(self._taps[k] for k in here)
             found[device] += max(weights + row, *(self._solver[k][device] for k in here))
         return found
 
@@ -107,7 +116,7 @@ def divide(
     Raises:
         ModelError: Not even one block fits.
     """
-    rooms = {device: _room(device, footprint.resident[device], config) for device in footprint(0, footprint.count)}
+    rooms = {device: _room(device, footprint, config) for device in footprint(0, footprint.count)}
     borders: list[tuple[int, int]] = []
     for start, stop in reversed(_indivisible(footprint, together)):
         if borders and _fits(footprint(start, borders[0][1]), rooms):
@@ -139,10 +148,13 @@ def _indivisible(footprint: Footprint, together: Iterable[Sequence[LayerPlan]]) 
     return found
 
 
-def _room(device: torch.device, resident: int, config: GuidedQuantConfig) -> int:
-    """Bytes that may be used on a device besides the weights that lie there."""
-    free = int((_SHARE_CPU if device.type == "cpu" else _SHARE_GPU) * free_memory(device))
-    return free if config.max_memory is None else min(free, int(config.max_memory * 2**30) - resident)
+def _room(device: torch.device, footprint: Footprint, config: GuidedQuantConfig) -> int:
+    """Bytes that may be used on a device beside the weights that lie there."""
+    free = free_memory(device) - footprint.pending[device]
+    room = int((_SHARE_CPU if device.type == "cpu" else _SHARE_GPU) * free)
+    if config.max_memory is None:
+        return room
+    return min(room, int(config.max_memory * 2**30) - footprint.resident[device])
 
 
 def _room_text(rooms: Mapping[torch.device, int]) -> str:

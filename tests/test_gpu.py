@@ -33,7 +33,7 @@ def test_quantize_save_reload_generate(architecture, dtype, tmp_path):
     prompt = torch.arange(2, 10, device="cuda")[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=prompt).logits, model(input_ids=prompt).logits)
-    tokens = again.generate(prompt, max_new_tokens=8, do_sample=False)
+    tokens = again.generate(prompt, min_new_tokens=8, max_new_tokens=8, do_sample=False)
     assert tokens.shape == (1, 16)
 
 
@@ -189,4 +189,4 @@ class TestWeightsInTheCpusMemory:
         expected = hf_guidedquant.quantize(tiny_model(blocks=4).cuda(), config()).state_dict()
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
-        assert model.generate(torch.arange(2, 10, device="cuda")[None], max_new_tokens=4).shape == (1, 12)
+        assert model.generate(torch.arange(2, 10, device="cuda")[None], min_new_tokens=4, max_new_tokens=4).shape == (1, 12)

@@ -16,6 +16,9 @@ from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
 
+# Bytes at most of what the solver does a part at a time.
+_SOLVER_CHUNKS = 2 << 30
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -52,9 +55,9 @@ class LayerPlan:
 
     @property
     def solver_bytes(self) -> int:
-        """Working memory of the solver, about: fp32 copies of the weight and of the Hessian."""
-        hessians = 3 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
-        return 4 * (6 * self.weights + hessians)
+        """Working memory of the solver, about: what it holds per weight and per entry of the Hessian (measured)."""
+        hessians = self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
+        return 32 * self.weights + 16 * hessians + min(64 * self.weights, _SOLVER_CHUNKS)
 
     @property
     def weights(self) -> int:

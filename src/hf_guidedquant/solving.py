@@ -123,28 +123,32 @@ def _solve_batch(
     modules = [model.get_submodule(layer.name) for layer in batch]
     # One device, also where a run goes on with its layers placed otherwise than when it started.
     device = compute_device(stored_weight(modules[0]).device, config.device)
-    weights = [dense_weight(module).to(device, torch.float32) for module in modules]
-    grouped = torch.cat([_group_rows(weight, groups) for weight in weights])  # [layers * g, R, K]
-    notes = [Conditioning(weight.new_zeros(groups)) for weight in weights]
+    lut_dtype = lut_format.codebook_dtype(dense_weight(modules[0]))
+    weights = [_group_rows(dense_weight(module).to(device, torch.float32), groups) for module in modules]
+    grouped = weights[0] if len(weights) == 1 else torch.cat(weights)  # [layers * g, R, K]
+    del weights
+    notes = [Conditioning(grouped.new_zeros(groups)) for _ in batch]
     bad_rows = [0] * len(batch)
     parts = []
-    for index, (layer, found) in enumerate(zip(batch, statistics, strict=True)):
+    for index, layer in enumerate(batch):
+        # One at a time, for they are large.
+        found, statistics[index] = statistics[index], None
         if found is not None:
-            part, notes[index] = condition(found.hessian.to(device), layer.name)
-            parts.append(part)
+            conditioned, notes[index] = condition(found.hessian.to(device), layer.name)
+            parts.append(conditioned)
             bad_rows[index] = int(found.bad_rows)
-    statistics.clear()
+            del found, conditioned
     stacked = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
     parts.clear()
     spec = SolverSpec(
         one.bits,
-        lut_format.codebook_dtype(weights[0]),
+        lut_dtype,
         config.lnq_iterations,
         config.lnq_cycles,
         config.kmeans_iterations,
     )
     solution = SOLVERS[one.method].solve(grouped, stacked, spec)
-    unit = row_objective(torch.zeros_like(grouped), grouped, stacked)  # wᵀ H w
+    unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
     results = []
     for index, layer in enumerate(batch):
         own = slice(index * groups, (index + 1) * groups)

@@ -42,7 +42,7 @@ def exact_problem(groups: int, inputs: int, rows: int, bits: int, device: str = 
     hessian = hessian.tril(-1) + hessian.tril(-1).mT
     hessian.diagonal(dim1=-2, dim2=-1).copy_(2 ** integers(5, 9, groups, inputs))
     codebook = (integers(-64, 64, groups, rows, 2**bits) / 8).sort(dim=-1).values
-    codes = torch.randint(2**bits, (groups, inputs, rows), generator=generator)
+    codes = torch.randint(2**bits, (groups, inputs, rows), generator=generator).to(torch.uint8)
     weight = integers(-128, 128, groups, rows, inputs) / 16
     return weight.to(device), hessian.to(device), codes.to(device), codebook.to(device)
 

@@ -56,7 +56,7 @@ def test_small_rows_reach_the_optimum_of_brute_force(inputs, weighted, levels):
     if not weighted:
         importance = torch.ones_like(importance)
     codes, codebook = kmeans.cluster(weight, importance if weighted else None, SolverSpec(levels.bit_length() - 1))
-    cost = cost_of(weight, importance, codebook.gather(-1, codes))
+    cost = cost_of(weight, importance, codebook.gather(-1, codes.long()))
     best = torch.tensor(
         [[optimum(row.tolist(), h.tolist(), levels) for row in w] for w, h in zip(weight, importance, strict=True)],
         dtype=torch.float64,
@@ -78,7 +78,7 @@ def test_rows_with_ties_reach_the_optimum(row, bits):
     codes, codebook = kmeans.cluster(weight, importance, SolverSpec(bits))
     best = optimum(weight.flatten().tolist(), importance.flatten().tolist(), 2**bits)
     slack = rounding(weight, importance, torch.tensor([[best]], dtype=torch.float64), 2**bits)
-    assert (cost_of(weight, importance, codebook.gather(-1, codes)) <= best + slack).all()
+    assert (cost_of(weight, importance, codebook.gather(-1, codes.long())) <= best + slack).all()
     assert (codebook.diff(dim=-1) >= 0).all()
 
 
@@ -118,8 +118,8 @@ def test_after_enough_iterations_every_centroid_is_the_mean_of_its_weights(bits)
     spec = SolverSpec(bits, kmeans_iterations=2000)
     codes, codebook = kmeans.cluster(weight, importance, spec)
     mass = importance.unsqueeze(1).expand_as(weight)
-    total = torch.zeros_like(codebook).scatter_add_(-1, codes, mass)
-    first = torch.zeros_like(codebook).scatter_add_(-1, codes, mass * weight)
+    total = torch.zeros_like(codebook).scatter_add_(-1, codes.long(), mass)
+    first = torch.zeros_like(codebook).scatter_add_(-1, codes.long(), mass * weight)
     # A centroid is a difference of running sums over K terms, which carry K eps64 Σ h |w|, over the cluster's mass.
     noise = 300 * EPS64 * (mass * weight.abs()).sum(dim=-1, keepdim=True)
     assert (total > 0).all()
@@ -136,10 +136,10 @@ def quantile_lloyd(weight: torch.Tensor, importance: torch.Tensor, levels: int) 
     codebook = values.gather(-1, torch.searchsorted(share, share[..., -1:] * wanted))
     for _ in range(50):
         codes = nearest(codebook, weight)
-        total = torch.zeros_like(codebook).scatter_add_(-1, codes, mass)
-        first = torch.zeros_like(codebook).scatter_add_(-1, codes, mass * weight)
+        total = torch.zeros_like(codebook).scatter_add_(-1, codes.long(), mass)
+        first = torch.zeros_like(codebook).scatter_add_(-1, codes.long(), mass * weight)
         codebook = torch.where(total > 0, first / total, codebook)
-    return codebook.gather(-1, nearest(codebook, weight))
+    return codebook.gather(-1, nearest(codebook, weight).long())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -148,7 +148,7 @@ def quantile_lloyd(weight: torch.Tensor, importance: torch.Tensor, levels: int) 
 def test_on_the_whole_never_worse_than_weighted_quantiles_and_lloyd(inputs, bits, tails):
     weight, importance = problem(inputs, seed=10 + bits, tails=tails)
     codes, codebook = kmeans.cluster(weight, importance, SolverSpec(bits))
-    found = cost_of(weight, importance, codebook.gather(-1, codes))
+    found = cost_of(weight, importance, codebook.gather(-1, codes.long()))
     simple = cost_of(weight, importance, quantile_lloyd(weight, importance, 2**bits))
     # Both are local optima, so a single row may go either way; the sum over rows may not.
     assert found.sum() <= simple.sum()
@@ -230,4 +230,4 @@ def test_extreme_importance_keeps_codebooks_finite_ordered_and_inside_the_row(ki
         assert (codebook <= high + slack).all()
         grid = rtn.solve(weight, importance, SolverSpec(bits, torch.float32))
         uniform = cost_of(weight, importance, grid.codebook.gather(-1, grid.codes.long()))
-        assert (cost_of(weight, importance, codebook.gather(-1, codes)) <= uniform).all()
+        assert (cost_of(weight, importance, codebook.gather(-1, codes.long())) <= uniform).all()

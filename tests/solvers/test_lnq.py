@@ -30,7 +30,7 @@ def random_state(lnq_problem: lnq._Problem, bits: int, seed: int) -> lnq._State:
     """Codes and an ascending codebook at random."""
     groups, inputs, rows = lnq_problem.weight.shape
     generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(2**bits, (groups, inputs, rows), generator=generator)
+    codes = torch.randint(2**bits, (groups, inputs, rows), generator=generator).to(torch.uint8)
     codebook = torch.randn(groups, rows, 2**bits, generator=generator, dtype=torch.float64).sort(dim=-1).values
     return lnq_problem.state(codes, codebook)
 
@@ -92,7 +92,7 @@ def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeyp
     for g in range(weight.shape[0]):
         factor = torch.linalg.cholesky(hessian[g])  # H = L Lᵀ, so the objective is |Lᵀ (P c - w)|²
         for r in range(weight.shape[1]):
-            codes, old = before.codes[g, :, r], before.codebook[g, r]
+            codes, old = before.codes[g, :, r].long(), before.codebook[g, r]
             used = codes.unique()
             one_hot = (codes.unsqueeze(1) == used).double()
             best = torch.linalg.lstsq(factor.mT @ one_hot, (factor.mT @ weight[g, r]).unsqueeze(1)).solution.squeeze(1)

@@ -1,11 +1,14 @@
 """What all solvers share: the settings they take, the result they give, and the small steps they have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+# Elements at a time, where what comes out is smaller than what is on the way to it.
+_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,20 @@ class Method:
     statistics: Literal["none", "diagonal", "hessian"]
 
 
+def parts(length: int, cost: int) -> Iterator[slice]:
+    """Cut a dimension into parts of bounded memory, where each of its ``length`` steps means ``cost`` elements."""
+    step = max(1, _ELEMENTS // max(1, cost))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
 def nearest(codebook: Tensor, values: Tensor) -> Tensor:
-    """Index of the nearest entry: ascending ``codebook [..., L]``, ``values [..., K]`` -> int64 ``[..., K]``."""
-    midpoints = (codebook[..., 1:] + codebook[..., :-1]) / 2
-    return torch.searchsorted(midpoints.contiguous(), values.contiguous())
+    """Index of the nearest entry: ascending codebooks ``[..., R, L]``, values -> uint8 ``[..., R, K]``."""
+    midpoints = ((codebook[..., 1:] + codebook[..., :-1]) / 2).contiguous()
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    for rows in parts(values.shape[-2], values[..., 0, :].numel()):
+        part = values[..., rows, :].contiguous()
+        codes[..., rows, :] = torch.searchsorted(midpoints[..., rows, :].contiguous(), part, out_int32=True)
+    return codes
 
 
 def round_codebook(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,18 +78,25 @@ def round_codebook(codebook: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sort_codebook(codes: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring every row's codebook into ascending order and renumber its codes (int64 ``[..., K]``) to match."""
+    """Bring every row's codebook ``[..., R, L]`` into ascending order; renumber its codes, uint8 ``[..., R, K]``."""
     ordered, order = codebook.sort(dim=-1, stable=True)
-    return order.argsort(dim=-1).gather(-1, codes), ordered
+    ranks = order.argsort(dim=-1).to(torch.uint8)
+    renumbered = torch.empty_like(codes)
+    for rows in parts(codes.shape[-2], codes[..., 0, :].numel()):
+        renumbered[..., rows, :] = ranks[..., rows, :].gather(-1, codes[..., rows, :].long())
+    return renumbered, ordered
 
 
 def row_objective(weight: Tensor, quantized: Tensor, statistics: Tensor | None) -> Tensor:
     """``(ŵ - w)ᵀ H (ŵ - w)`` of every row: ``[G, R, K]`` and a Hessian, its diagonal, or None -> fp64 ``[G, R]``."""
-    error = quantized - weight
-    if statistics is None:
-        weighted = error
-    elif statistics.dim() == 2:
-        weighted = error * statistics.unsqueeze(1)
-    else:
-        weighted = error @ statistics
-    return (error * weighted).sum(dim=-1, dtype=torch.float64)
+    objective = weight.new_empty(weight.shape[:-1], dtype=torch.float64)
+    for rows in parts(weight.shape[1], weight[:, 0].numel()):
+        error = quantized[:, rows] - weight[:, rows]
+        if statistics is None:
+            weighted = error
+        elif statistics.dim() == 2:
+            weighted = error * statistics.unsqueeze(1)
+        else:
+            weighted = error @ statistics
+        objective[:, rows] = (error * weighted).sum(dim=-1, dtype=torch.float64)
+    return objective

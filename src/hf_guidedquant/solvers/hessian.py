@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import HessianError
+from .base import parts
 
 # Damping is added only where the Cholesky factorisation fails, and grows tenfold up to the cap.
 _DAMPING = tuple(10.0**exponent for exponent in range(-5, 0))
@@ -62,8 +63,12 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
     note = Conditioning(scale, int(dead.sum()), fallback=fallback)
     if not full:
         return diagonal, note
-    hessian = statistics / peak.view(-1, 1, 1) / unit.view(-1, 1, 1)
-    hessian = (hessian + hessian.mT) / 2
+    hessian = (statistics / peak.view(-1, 1, 1)).div_(unit.view(-1, 1, 1))
+    for rows in parts(hessian.shape[1], hessian[:, 0].numel()):
+        # Both halves become the mean of both; what is above this part has been done.
+        mean = (hessian[:, rows, rows.start :] + hessian[:, rows.start :, rows].mT).div_(2)
+        hessian[:, rows, rows.start :] = mean
+        hessian[:, rows.start :, rows] = mean.mT
     hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     for group in hessian:
         damping = _damp(group)
@@ -81,8 +86,10 @@ def _damp(hessian: Tensor) -> float | None:
     Returns the damping, or None if the largest was not enough; the matrix is unchanged then.
     """
     for damping in (0.0, *_DAMPING):
-        candidate = hessian.clone()
-        candidate.diagonal().add_(damping)
+        candidate = hessian
+        if damping:
+            candidate = hessian.clone()
+            candidate.diagonal().add_(damping)
         if torch.linalg.cholesky_ex(candidate)[1] == 0:
             hessian.copy_(candidate)
             return damping

@@ -22,12 +22,12 @@ def solve(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> Solution
     codes, codebook = cluster(weight, diagonal, spec)
     codebook = round_codebook(codebook, spec.codebook_dtype)
     codes = nearest(codebook, weight)
-    objective = row_objective(weight, codebook.gather(-1, codes), diagonal)
-    return Solution(codes.to(torch.uint8), codebook.to(spec.codebook_dtype), {"kmeans": objective})
+    objective = row_objective(weight, codebook.gather(-1, codes.long()), diagonal)
+    return Solution(codes, codebook.to(spec.codebook_dtype), {"kmeans": objective})
 
 
 def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[Tensor, Tensor]:
-    """Codes int64 ``[G, R, K]`` and ascending centroids ``[G, R, 2**bits]`` in weight's dtype, not yet rounded."""
+    """Codes uint8 ``[G, R, K]`` and ascending centroids ``[G, R, 2**bits]`` in weight's dtype, not yet rounded."""
     groups, rows, inputs = weight.shape
     if diagonal is None:
         diagonal = weight.new_ones(groups, inputs)

@@ -10,13 +10,14 @@ rows): a coordinate-descent step then touches contiguous memory. On a GPU with T
 (descent.py) and the large products run on tensor cores without loss of accuracy (products.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..triton_kernels import backend_for
-from .base import Solution, SolverSpec, nearest, round_codebook, sort_codebook
+from .base import Solution, SolverSpec, nearest, parts, round_codebook, sort_codebook
 from .kmeans import cluster
 from .products import PlainProduct, SplitProduct, has_tensor_cores
 
@@ -30,7 +31,7 @@ _CHUNK = 1 << 25
 
 @dataclass(frozen=True)
 class _State:
-    """Codes int64 ``[G, K, R]``, codebook ``[G, R, L]`` and objective fp64 ``[G, R]``."""
+    """Codes uint8 ``[G, K, R]``, codebook ``[G, R, L]`` and objective fp64 ``[G, R]``."""
 
     codes: Tensor
     codebook: Tensor
@@ -62,7 +63,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
     final = problem.state(best.codes, round_codebook(best.codebook, spec.codebook_dtype)).better(start)
     final = final.better(problem.assign(final, spec.lnq_cycles))
     return Solution(
-        codes=final.codes.mT.contiguous().to(torch.uint8),
+        codes=final.codes.mT.contiguous(),
         codebook=final.codebook.to(spec.codebook_dtype).contiguous(),
         objectives={"kmeans": start.objective, "lnq": final.objective},
     )
@@ -81,9 +82,12 @@ class _Problem:
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
 
     def state(self, codes: Tensor, codebook: Tensor) -> _State:
-        error = _look_up(codes, codebook) - self.weight
-        pull = self.product.rows(slice(None), self.product.operand(error))
-        return _State(codes, codebook, (error * pull).sum(dim=1, dtype=torch.float64))
+        error = _look_up(codes, codebook).sub_(self.weight)
+        operand = self.product.operand(error)
+        objective = error.new_zeros(error.shape[0], error.shape[2], dtype=torch.float64)
+        for panel in _panels(error.shape[1]):
+            objective += (error[:, panel] * self.product.rows(panel, operand)).sum(dim=1, dtype=torch.float64)
+        return _State(codes, codebook, objective)
 
     def assign(self, state: _State, cycles: int) -> _State:
         """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""
@@ -91,14 +95,17 @@ class _Problem:
         quantized = _look_up(state.codes, state.codebook)
         error = self.product.operand(quantized - self.weight)
         for _ in range(cycles):
-            before = quantized.clone()
-            for start in range(0, quantized.shape[1], PANEL):
-                panel = slice(start, min(start + PANEL, quantized.shape[1]))
+            moved = torch.zeros((), dtype=torch.bool, device=quantized.device)
+            for panel in _panels(quantized.shape[1]):
+                before = quantized[:, panel].clone()
                 self._assign_panel(panel, quantized, self.product.rows(panel, error), codebook)
                 error[..., panel, :] = self.product.operand(quantized[:, panel] - self.weight[:, panel])
-            if torch.equal(before, quantized):
+                moved |= (before != quantized[:, panel]).any()
+            if not moved:
                 break
+        del error
         codes = nearest(state.codebook, quantized.mT).mT.contiguous()
+        del quantized
         return self.state(codes, state.codebook)
 
     def _assign_panel(self, panel: slice, quantized: Tensor, pull: Tensor, codebook: Tensor) -> None:
@@ -124,7 +131,7 @@ class _Problem:
         codes, codebook = state.codes.mT.contiguous(), state.codebook  # [G, R, K], [G, R, L]
         groups, rows, inputs = codes.shape
         levels = codebook.shape[-1]
-        error = (_look_up(state.codes, codebook) - self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
+        error = _look_up(state.codes, codebook).sub_(self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
         entries = torch.arange(levels, device=codes.device).unsqueeze(-1)
         fitted = torch.empty_like(codebook)
         step = max(1, _CHUNK // (groups * inputs * levels))
@@ -137,6 +144,7 @@ class _Problem:
             ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
             normal.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
             fitted[:, part] = codebook[:, part] - torch.linalg.solve(normal, right).squeeze(-1).to(codebook.dtype)
+        del error
         renumbered, fitted = sort_codebook(codes, fitted)
         return self.state(renumbered.mT.contiguous(), fitted)
 
@@ -161,5 +169,13 @@ def _descend(
 
 
 def _look_up(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Codes ``[G, K, R]`` and codebook ``[G, R, L]`` -> quantized weights ``[G, K, R]``."""
-    return codebook.mT.gather(1, codes)
+    """Codes uint8 ``[G, K, R]`` and codebook ``[G, R, L]`` -> quantized weights ``[G, K, R]``."""
+    table = codebook.mT.contiguous()
+    found = torch.empty(codes.shape, dtype=codebook.dtype, device=codes.device)
+    for part in parts(codes.shape[1], codes[:, 0].numel()):
+        found[:, part] = table.gather(1, codes[:, part].long())
+    return found
+
+
+def _panels(inputs: int) -> Iterator[slice]:
+    return (slice(start, min(start + PANEL, inputs)) for start in range(0, inputs, PANEL))

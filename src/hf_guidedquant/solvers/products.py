@@ -8,6 +8,8 @@ products of pieces, which are left out: at most ``2⁻²⁴ Σ|h||x|``.
 import torch
 from torch import Tensor
 
+from .base import parts
+
 _PIECES = 3
 
 
@@ -47,7 +49,10 @@ class SplitProduct:
 
     def __init__(self, hessian: Tensor) -> None:
         # [G, K, 3 K], small to large: next to operands from large to small, the k-th pieces meet the (4 - k)-th.
-        self.pieces = torch.cat(split(hessian).unbind(-3)[::-1], dim=-1)
+        groups, inputs, _ = hessian.shape
+        self.pieces = torch.empty(groups, inputs, _PIECES * inputs, dtype=torch.bfloat16, device=hessian.device)
+        for rows in parts(inputs, groups * inputs):
+            self.pieces[:, rows] = torch.cat(split(hessian[:, rows]).unbind(-3)[::-1], dim=-1)
 
     def operand(self, right: Tensor) -> Tensor:
         return split(right)  # [G, 3, n, R]

@@ -12,5 +12,5 @@ def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Soluti
     position = torch.linspace(0, 1, spec.levels, device=weight.device, dtype=weight.dtype)
     codebook = round_codebook(low + (high - low) * position, spec.codebook_dtype)
     codes = nearest(codebook, weight)
-    objective = row_objective(weight, codebook.gather(-1, codes), statistics)
-    return Solution(codes.to(torch.uint8), codebook.to(spec.codebook_dtype), {"rtn": objective})
+    objective = row_objective(weight, codebook.gather(-1, codes.long()), statistics)
+    return Solution(codes, codebook.to(spec.codebook_dtype), {"rtn": objective})

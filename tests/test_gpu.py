@@ -189,4 +189,5 @@ class TestWeightsInTheCpusMemory:
         expected = hf_guidedquant.quantize(tiny_model(blocks=4).cuda(), config()).state_dict()
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
-        assert model.generate(torch.arange(2, 10, device="cuda")[None], min_new_tokens=4, max_new_tokens=4).shape == (1, 12)
+        prompt = torch.arange(2, 10, device="cuda")[None]
+        assert model.generate(prompt, min_new_tokens=4, max_new_tokens=4).shape == (1, 12)

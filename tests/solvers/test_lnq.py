@@ -105,7 +105,7 @@ def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeyp
             bound = (
                 ridge / spectrum[0] * (best - old[used]).norm() + 8 * inputs * EPS64 * spectrum[-1] / spectrum[0] * size
             )
-            fitted = after.codebook[g, r][after.codes[g, :, r]]
+            fitted = after.codebook[g, r][after.codes[g, :, r].long()]
             assert ((fitted - one_hot @ best).abs() <= bound).all()
             empty = [entry for entry in range(levels) if entry not in used.tolist()]
             assert 0 in empty

@@ -16,8 +16,8 @@ from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
 
-# Bytes at most of what the solver does a part at a time.
-_SOLVER_CHUNKS = 2 << 30
+# Bytes at most of what the solver does a part of the rows at a time.
+_SOLVER_PART = 1700 << 20
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,13 @@ class LayerPlan:
 
     @property
     def solver_bytes(self) -> int:
-        """Working memory of the solver, about: what it holds per weight and per entry of the Hessian (measured)."""
-        hessians = self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
-        return 32 * self.weights + 16 * hessians + min(64 * self.weights, _SOLVER_CHUNKS)
+        """Working memory of the solver beside the layer's statistics: bytes per weight and per entry of the Hessian.
+
+        Measured with LNQ; at the worst moment it either makes the Hessian fit to solve with, or solves.
+        """
+        hessian = self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
+        solving = max(32 * self.weights, min(100 * self.weights, _SOLVER_PART))
+        return 4 * self.weights + max(12 * hessian, 6 * hessian + solving)
 
     @property
     def weights(self) -> int:

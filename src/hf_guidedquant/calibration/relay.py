@@ -114,7 +114,7 @@ class Relay:
             with watched(self._modules(statistics), statistics, row):
                 for index in self._progress(number, title):
                     state = self._run(index, start)
-                    left += [state.cpu()] if stop < len(self._blocks) else []
+                    left += [_put_aside(state)] if stop < len(self._blocks) else []
         self._states[stop] = left
         if not self._guided:
             self._states.pop(start, None)
@@ -133,7 +133,7 @@ class Relay:
             stack.enter_context(tapped(self._modules(statistics), statistics, row))
             for index in self._progress(number, title):
                 gradient = self._run_back(index, start, stop, row)
-                gradients += [] if gradient is None else [gradient.cpu()]
+                gradients += [] if gradient is None else [_put_aside(gradient)]
                 if stop == len(self._blocks):
                     self._valid.append(row.valid)
         self._gradients = gradients
@@ -146,7 +146,7 @@ class Relay:
             left, gradient = end_loss(left, self._rows[index]), None
             row.valid = torch.isfinite(left.detach())
         else:
-            gradient, row.valid = self._gradients[index].to(left.device), self._valid[index]
+            gradient, row.valid = self._gradients[index].to(left.device, non_blocking=True), self._valid[index]
         torch.autograd.backward(left, gradient)
         return None if self._entering is None else self._entering.grad
 
@@ -155,7 +155,7 @@ class Relay:
         self._entering = None
         if start > 0:
             device = self._place(next(self._blocks[start].parameters()).device)
-            self._entering = self._states[start][index].to(device).requires_grad_(torch.is_grad_enabled())
+            self._entering = self._states[start][index].to(device, non_blocking=True).requires_grad_(torch.is_grad_enabled())
         ids = self._rows[index].to(self._input_device)
         try:
             return self._model(input_ids=ids.unsqueeze(0), use_cache=False)
@@ -217,6 +217,14 @@ class _Border(Exception):  # noqa: N818  Nothing went wrong.
 
     def __init__(self, states: Tensor) -> None:
         self.states = states
+
+
+def _put_aside(tensor: Tensor) -> Tensor:
+    """A copy in the CPU's memory. From a GPU it may still be on its way: only to be read by way of the same GPU."""
+    if tensor.device.type != "cuda":
+        return tensor.detach().cpu()
+    aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return aside.copy_(tensor.detach(), non_blocking=True)
 
 
 def _leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 from .calibration import Calibration, StatisticsStore, divided, gather, load_rows, open_statistics, windows
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
+from .distill import distill
+from .divergence import teacher_states
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import stored_weight
@@ -36,7 +38,7 @@ logger = logging.getLogger(__name__)
 def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool = False) -> Report:
     """Quantize ``model`` in place and fill in ``config.modules`` and ``config.provenance``.
 
-    Nothing of the model changes before every layer is solved.
+    Nothing of the model changes before every layer is solved. Codebooks are trained afterwards, if at all.
 
     Args:
         model: A causal language model.
@@ -67,6 +69,10 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
             workers.check_agreement(_common(model, config, layers_plan, calibration))
             work, finished = _begin(model, config, layers_plan, calibration, run_folder, store)
             passes, finished = workers.tell((windows(model, work, config), finished), 0)
+        originals: list[Tensor] = []
+        if calibration is not None and config.distill:
+            with _timed("distillation", seconds):
+                originals = teacher_states(model, calibration.rows)
         for index, window in enumerate(passes, start=1):
             which = f" {index}/{len(passes)}" if len(passes) > 1 else ""
             with _timed("calibration", seconds):
@@ -89,6 +95,12 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         module: Any = model.get_submodule(layer.name)
         tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
         replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
+    if calibration is not None and (spec := config.distill_spec) is not None:
+        with _timed("distillation", seconds), reproducible():
+            checkpointing = config.gradient_checkpointing is not False
+            summary.distillation = distill(
+                model, calibration.rows, originals, spec, config.seed, checkpointing, workers
+            )
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
@@ -128,7 +140,7 @@ def _begin(
         finished = run_folder.finished(layers_plan)
         # A batch is solved whole or not at all: in parts, its products could round differently.
         work = [batch for batch in work if any(layer.name not in finished for layer in batch)]
-    if store is not None and calibration is not None and work:
+    if store is not None and calibration is not None and layers_plan.needs_data and work:
         identity = statistics_identity(fingerprint, config, calibration)
         store.begin(identity, environment(model), calibration.summary(), chain(*work))
     return work, finished
@@ -206,8 +218,8 @@ def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) ->
 
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
-    """Token rows, if any layer's method needs data."""
-    if all(layer.statistics == "none" for layer in layers_plan.layers):
+    """Token rows, if anything needs data."""
+    if not (layers_plan.needs_data or config.distill):
         return None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_rows(

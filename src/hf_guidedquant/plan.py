@@ -78,6 +78,11 @@ class Plan:
     quantized_bytes: int
 
     @property
+    def needs_data(self) -> bool:
+        """Whether any layer's method needs calibration data."""
+        return any(layer.statistics != "none" for layer in self.layers)
+
+    @property
     def bits_per_weight(self) -> float:
         """Mean bits per quantized weight, codebooks included."""
         return 8 * sum(layer.packed_bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)

@@ -60,7 +60,6 @@ def distill(
     states: Sequence[Tensor],
     spec: DistillSpec,
     seed: int = 0,
-    checkpointing: bool = True,
     workers: Workers | None = None,
 ) -> DistillReport:
     """Train the codebooks of a quantized model, in place, and keep those of the best epoch, the start included.
@@ -76,7 +75,6 @@ def distill(
             with NaN or infinity are left out.
         spec: How to train.
         seed: Of the order of the rows, and of the choice of those held back.
-        checkpointing: Recompute each decoder block's activations in the backward pass instead of keeping them.
         workers: Processes that quantize together.
     """
     workers = workers or Workers()
@@ -88,8 +86,7 @@ def distill(
     with ExitStack() as stack:
         codebooks = stack.enter_context(_trained_codebooks(model))
         stack.enter_context(evaluating(model))
-        if checkpointing:
-            stack.enter_context(checkpointed(model))
+        stack.enter_context(checkpointed(model))
         stack.enter_context(repeatable_backward(input_device(model), partial(divergence.backward, training[:1])))
         optimizer = torch.optim.AdamW(_groups(codebooks, spec.learning_rate), betas=(0.9, 0.95), weight_decay=0.0)
         optimizer.zero_grad()

@@ -97,10 +97,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
     if calibration is not None and (spec := config.distill_spec) is not None:
         with _timed("distillation", seconds), reproducible():
-            checkpointing = config.gradient_checkpointing is not False
-            summary.distillation = distill(
-                model, calibration.rows, originals, spec, config.seed, checkpointing, workers
-            )
+            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary

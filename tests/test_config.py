@@ -11,10 +11,16 @@ from hf_guidedquant.config import PERSISTED, DistillSpec, matches
 from hf_guidedquant.errors import CheckpointError, ConfigError
 
 
-@pytest.mark.parametrize("bits", [0, -1, 9, 2**31, True, "2", 2.0, None])
+@pytest.mark.parametrize("bits", [0, -1, 9, 2**31, True, "2", 0.9, 8.1, float("nan"), None])
 def test_bits_outside_the_range_are_refused_by_name(bits):
     with pytest.raises(ConfigError, match=r"GuidedQuantConfig\.bits = .* from 1 to 8"):
         GuidedQuantConfig(bits=bits)
+
+
+@pytest.mark.parametrize("others", [{"guided": False}, {"method": "rtn"}])
+def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
+    with pytest.raises(ConfigError, match=r"bits = 2\.5 is not allowed"):
+        GuidedQuantConfig(bits=2.5, **others)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ ROOMS = [
     "nn",
     "divergence",
     "distill",
+    "allocate",
+    "budget",
     "checkpoint",
     "evaluate",
     "report",

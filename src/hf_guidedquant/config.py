@@ -73,7 +73,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     """How to quantize a language model, and on which calibration data.
 
     Args:
-        bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries.
+        bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries. A float, like 2.5 or 3.0,
+            is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
+            from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
+            ``guided`` and a method other than ``"rtn"``.
         method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"squeezellm"`` (weighted k-means)
             or ``"rtn"`` (uniform round-to-nearest, needs no data).
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
@@ -120,7 +123,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         ConfigError: A value is outside its range. The message names the field and the range.
     """
 
-    bits: int = 4
+    bits: int | float = 4
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
@@ -149,8 +152,13 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ConfigError("quant_method", self.quant_method, repr(QUANT_METHOD))
-        check_bits("bits", self.bits)
         check_method("method", self.method)
+        if not isinstance(self.bits, float):
+            check_bits("bits", self.bits)
+        elif not 1 <= self.bits <= 8:
+            raise ConfigError("bits", self.bits, "an integer, or a mean, from 1 to 8")
+        elif not self.guided or self.method == "rtn":
+            raise ConfigError("bits", self.bits, "an integer from 1 to 8 without guided, and with rtn")
         _check_int("num_groups", self.num_groups, 1, 1024)
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)

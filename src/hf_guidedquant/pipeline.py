@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from .budget import within_budget
 from .calibration import Calibration, StatisticsStore, divided, gather, load_rows, open_statistics, windows
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
@@ -66,6 +67,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
+            layers_plan = within_budget(model, config, layers_plan, calibration, workers)
             workers.check_agreement(_common(model, config, layers_plan, calibration))
             work, finished = _begin(model, config, layers_plan, calibration, run_folder, store)
             passes, finished = workers.tell((windows(model, work, config), finished), 0)
@@ -216,7 +218,7 @@ def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) ->
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
     """Token rows, if anything needs data."""
-    if not (layers_plan.needs_data or config.distill):
+    if not (layers_plan.needs_data or config.distill or isinstance(config.bits, float)):
         return None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_rows(

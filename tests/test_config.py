@@ -7,14 +7,20 @@ import logging
 import pytest
 
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.config import PERSISTED, matches
+from hf_guidedquant.config import PERSISTED, DistillSpec, matches
 from hf_guidedquant.errors import CheckpointError, ConfigError
 
 
-@pytest.mark.parametrize("bits", [0, -1, 9, 2**31, True, "2", 2.0, None])
+@pytest.mark.parametrize("bits", [0, -1, 9, 2**31, True, "2", 0.9, 8.1, float("nan"), None])
 def test_bits_outside_the_range_are_refused_by_name(bits):
     with pytest.raises(ConfigError, match=r"GuidedQuantConfig\.bits = .* from 1 to 8"):
         GuidedQuantConfig(bits=bits)
+
+
+@pytest.mark.parametrize("others", [{"guided": False}, {"method": "rtn"}])
+def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
+    with pytest.raises(ConfigError, match=r"bits = 2\.5 is not allowed"):
+        GuidedQuantConfig(bits=2.5, **others)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +33,9 @@ def test_bits_outside_the_range_are_refused_by_name(bits):
         ("lnq_iterations", -1),
         ("lnq_cycles", 0),
         ("kmeans_iterations", 1001),
+        ("distill", 1),
+        ("distill", None),
+        ("distill", {"epoch": 2}),
         ("num_samples", 0),
         ("seq_len", 1),
         ("seed", -1),
@@ -50,6 +59,44 @@ def test_a_wrong_value_names_field_value_and_range(field, value):
         GuidedQuantConfig(**{field: value})
     assert f"GuidedQuantConfig.{field} = {value!r}" in str(caught.value)
     assert caught.value.allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("epochs", 0, "from 1 to 100"),
+        ("epochs", 2.0, "from 1 to 100"),
+        ("learning_rate", 0, "positive number up to 1"),
+        ("learning_rate", 1.1, "positive number up to 1"),
+        ("learning_rate", float("nan"), "positive number up to 1"),
+        ("batch_tokens", 0, "from 1 to 16,777,216"),
+        ("held_back", 0.0, "positive number up to 0.5"),
+        ("held_back", 0.6, "positive number up to 0.5"),
+        ("held_back", True, "positive number up to 0.5"),
+    ],
+)
+def test_a_wrong_setting_of_the_distillation_names_field_value_and_range(field, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        GuidedQuantConfig(distill={field: value})
+    assert f"GuidedQuantConfig.distill['{field}'] = {value!r}" in str(caught.value)
+    assert allowed in str(caught.value)
+
+
+def test_the_settings_of_the_distillation_are_complete_and_copied():
+    assert GuidedQuantConfig().distill is False
+    assert GuidedQuantConfig().distill_spec is None
+    assert GuidedQuantConfig(distill=True).distill_spec == DistillSpec()
+    mine = {"epochs": 7}
+    config = GuidedQuantConfig(distill=mine)
+    assert config.distill_spec == DistillSpec(epochs=7)
+    assert mine == {"epochs": 7}
+    assert config.to_dict()["distill"] == {**GuidedQuantConfig(distill=True).distill, "epochs": 7}
+
+
+def test_a_checkpoint_from_before_the_distillation_was_not_distilled():
+    old = GuidedQuantConfig(modules={"a": {"bits": 2}}).to_dict()
+    del old["distill"]
+    assert GuidedQuantConfig.from_dict(old).distill is False
 
 
 @pytest.mark.parametrize(
@@ -78,6 +125,7 @@ def test_what_is_saved_is_the_persisted_part_and_survives_json():
         run_dir="/secret/run",
         statistics="hf://secret/statistics",
         overrides={"*.a": {"bits": 2}},
+        distill={"epochs": 3},
     )
     saved = json.loads(json.dumps(config.to_dict()))
     assert set(saved) == {*PERSISTED, "quant_method"}

@@ -6,12 +6,14 @@ import pytest
 import torch
 import transformers
 from conftest import memory_for, tiny_model, token_rows
+from test_trained_linear import EPS, float64_gradient, random_layer
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import LayerStatistics, Outline, Relay, gram
 from hf_guidedquant.linears import is_linear
+from hf_guidedquant.nn import codebook_gradient
 from hf_guidedquant.resources import reproducible
 
 pytestmark = pytest.mark.gpu
@@ -51,6 +53,28 @@ def test_the_same_seed_gives_the_same_tensors(dtype):
     first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), config()) for _ in range(2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_seed_gives_the_same_trained_codebooks(dtype):
+    dense = tiny_model().to("cuda", dtype)
+    settings = config(dataset=token_rows(4) * 2, distill={"batch_tokens": 64, "learning_rate": 0.01})
+    first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), settings) for _ in range(2))
+    assert first.quantization_report.distillation.best_epoch > 0
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_codebooks_gradient_is_that_of_float64_autograd(bits, dtype):
+    codes, layer = random_layer(bits, 133, 320)
+    x, grad = torch.randn(200, 320).to(dtype), torch.randn(200, 133).to(dtype)
+    expected, magnitudes = float64_gradient(codes, grad, x, 2**bits)
+    with reproducible():
+        found = codebook_gradient(grad.cuda(), x.cuda(), layer.bit_planes().cuda()).cpu()
+    # Tensor cores cut off what they add up, which loses up to twice what rounding does.
+    assert ((found - expected).abs() <= 2 * (200 + 320) * EPS * magnitudes).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 ROOMS = [
     "errors",
     "resources",
+    "running",
     "fingerprint",
     "layer_folder",
     "codes",
@@ -29,6 +30,10 @@ ROOMS = [
     "plan",
     "calibration",
     "nn",
+    "divergence",
+    "distill",
+    "allocate",
+    "budget",
     "checkpoint",
     "evaluate",
     "report",

@@ -107,7 +107,7 @@ from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.workers import Workers
 
 folder, method, extra = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-config = GuidedQuantConfig(bits=3, dataset=token_rows(10), num_groups=2, method=method, **extra)
+config = GuidedQuantConfig(bits=3, dataset=token_rows(5) * 2, num_groups=2, method=method, **extra)
 model = hf_guidedquant.quantize(tiny_model(), config)
 rank = Workers().rank
 torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
@@ -151,3 +151,12 @@ def test_processes_share_a_run_folder_and_statistics(tmp_path):
     (tmp_path / "2-lnq").rename(tmp_path / "before")
     _, again = quantized_by(2, tmp_path, **extra)
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
+
+
+def test_two_processes_end_with_the_same_trained_codebooks(tmp_path):
+    folder, states = quantized_by(2, tmp_path, distill={"batch_tokens": 64, "learning_rate": 0.01})
+    report = json.loads((folder / "model" / "guidedquant_report.json").read_text())
+    assert report["distillation"]["best_epoch"] > 0
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in states[0].items())

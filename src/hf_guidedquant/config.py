@@ -34,10 +34,39 @@ PERSISTED = (
     "lnq_iterations",
     "lnq_cycles",
     "kmeans_iterations",
+    "distill",
     "modules_to_not_convert",
     "modules",
     "provenance",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSpec:
+    """How the codebooks are trained after solving, with the KL divergence to the original model as the loss.
+
+    Args:
+        epochs: Passes over the calibration rows. 1-100.
+        learning_rate: Largest step of AdamW, in units of a layer's mean distance between neighbouring codewords.
+            Positive, at most 1.
+        batch_tokens: Tokens per step, about. 1-16,777,216.
+        held_back: Share of the rows that is not trained on, but tells which epoch was best; a row at least. Positive,
+            at most 0.5.
+
+    Raises:
+        ConfigError: A value is outside its range.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 0.04
+    batch_tokens: int = 8192
+    held_back: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _check_int("distill['epochs']", self.epochs, 1, 100)
+        _check_positive("distill['learning_rate']", self.learning_rate, 1)
+        _check_int("distill['batch_tokens']", self.batch_tokens, 1, 2**24)
+        _check_positive("distill['held_back']", self.held_back, 0.5)
 
 
 @dataclass(kw_only=True, repr=False)
@@ -45,7 +74,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     """How to quantize a language model, and on which calibration data.
 
     Args:
-        bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries.
+        bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries. A float, like 2.5 or 3.0,
+            is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
+            from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
+            ``guided`` and a method other than ``"rtn"``.
         method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"squeezellm"`` (weighted k-means)
             or ``"rtn"`` (uniform round-to-nearest, needs no data).
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
@@ -55,6 +87,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
         kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.
+        distill: Train the codebooks end to end after solving, on the same rows: the quantized model learns the token
+            distribution of the original. ``True`` for the settings of :class:`DistillSpec`, or a dictionary of those
+            that are to be others, e.g. ``{"epochs": 4}``. Kept as ``False`` or the dictionary of all. The original's
+            last hidden states wait in CPU memory: a row of ``hidden_size`` numbers per token.
         modules_to_not_convert: Names or glob patterns of modules to leave in full precision, besides the output head
             and the embeddings, which always stay.
         overrides: Settings of single modules by name or glob pattern, e.g. ``{"*.down_proj": {"bits": 4}}``. Keys:
@@ -89,13 +125,14 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         ConfigError: A value is outside its range. The message names the field and the range.
     """
 
-    bits: int = 4
+    bits: int | float = 4
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50
+    distill: bool | dict[str, Any] = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     dataset: Any = "builtin"
@@ -117,12 +154,18 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ConfigError("quant_method", self.quant_method, repr(QUANT_METHOD))
-        check_bits("bits", self.bits)
         check_method("method", self.method)
+        if not isinstance(self.bits, float):
+            check_bits("bits", self.bits)
+        elif not 1 <= self.bits <= 8:
+            raise ConfigError("bits", self.bits, "an integer, or a mean, from 1 to 8")
+        elif not self.guided or self.method == "rtn":
+            raise ConfigError("bits", self.bits, "an integer from 1 to 8 without guided, and with rtn")
         _check_int("num_groups", self.num_groups, 1, 1024)
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
         _check_int("kmeans_iterations", self.kmeans_iterations, 0, 1000)
+        self.distill = _distill_settings(self.distill)
         _check_int("num_samples", self.num_samples, 1, 1_000_000)
         _check_int("seq_len", self.seq_len, 2, 2**20)
         _check_int("seed", self.seed, 0, 2**63 - 1)
@@ -176,13 +219,18 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         # transformers deep-copies the model config that this one hangs on; a tokenizer or a generator of texts must
         # be shared, not copied.
         new = copy.copy(self)
-        for name in ("modules", "provenance", "overrides", "modules_to_not_convert"):
+        for name in ("modules", "provenance", "overrides", "modules_to_not_convert", "distill"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         return new
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings that a user may pass when loading a model that is quantized already."""
         return {"cache_dequantized": self.cache_dequantized, "fuse_layers": self.fuse_layers}
+
+    @property
+    def distill_spec(self) -> DistillSpec | None:
+        """How to train the codebooks; None if they are not to be trained."""
+        return DistillSpec(**self.distill) if isinstance(self.distill, dict) else None
 
     def for_module(self, name: str) -> dict[str, Any]:
         """``bits`` and ``method`` of the module called ``name``, overrides applied."""
@@ -232,6 +280,21 @@ def _check_device(name: str, value: Any) -> None:
         known = False
     if not known:
         raise ConfigError(name, value, 'None, "cpu", "cuda" or "cuda:N"')
+
+
+def _check_positive(field_name: str, value: object, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+        raise ConfigError(field_name, value, f"a positive number up to {high}")
+
+
+def _distill_settings(value: object) -> bool | dict[str, Any]:
+    """``False``, or all settings of the distillation."""
+    names = [f.name for f in dataclasses.fields(DistillSpec)]
+    if value is False:
+        return False
+    if value is not True and not (isinstance(value, dict) and set(value) <= set(names)):
+        raise ConfigError("distill", value, "True, False or a dictionary with keys among " + ", ".join(names))
+    return dataclasses.asdict(DistillSpec(**(value if isinstance(value, dict) else {})))
 
 
 def _check_gibibytes(field_name: str, value: object) -> None:

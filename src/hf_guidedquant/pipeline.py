@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
@@ -16,39 +16,46 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from .budget import within_budget
 from .calibration import (
     Calibration,
     Footprint,
     Outline,
-    Relay,
     Segment,
     StatisticsStore,
     divide,
     gather,
     load_rows,
     open_statistics,
-    outline,
+    outline_for,
+    place_for,
+    relay_for,
 )
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
+from .distill import distill
+from .divergence import teacher_states
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
-from .linears import stored_weight
+from .linears import stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan_layers
 from .report import Report
-from .resources import compute_device, reproducible
+from .resources import free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
+# How much of a GPU's free memory a model may fill that runs there as a whole.
+_WEIGHTS_SHARE = 0.7
+
 
 def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool = False) -> Report:
     """Quantize ``model`` in place and fill in ``config.modules`` and ``config.provenance``.
 
-    Nothing of the model changes before every layer is solved.
+    Nothing of the model changes before every layer is solved. Codebooks are trained afterwards, if at all.
 
     Args:
         model: A causal language model.
@@ -76,11 +83,16 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
+            layers_plan = within_budget(model, config, layers_plan, calibration, workers)
             workers.check_agreement(_common(model, config, layers_plan, calibration))
-            drawn = _outline(model, config, calibration)
+            drawn = outline_for(model, config, calibration)
             work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
             segments, batches_of, finished = workers.tell(work, 0)
-            relay = _relay(model, config, drawn, segments, calibration, workers)
+            relay = relay_for(model, config, drawn, segments, calibration, workers)
+        originals: list[Tensor] = []
+        if calibration is not None and config.distill:
+            with _timed("distillation", seconds), _where_work_is_done(model, config):
+                originals = teacher_states(model, calibration.rows)
         order = [number for number in relay.order if batches_of[number]]
         for step, number in enumerate(order, start=1):
             todo = batches_of[number]
@@ -104,9 +116,27 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         module: Any = model.get_submodule(layer.name)
         tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
         replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
+    if calibration is not None and (spec := config.distill_spec) is not None:
+        with _timed("distillation", seconds), reproducible(), _where_work_is_done(model, config):
+            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
+
+
+@contextmanager
+def _where_work_is_done(model: Any, config: GuidedQuantConfig) -> Iterator[None]:
+    """The whole model is on the GPU that works for the CPU, if it fits; afterwards it is where it was."""
+    place, size = place_for(config)(model.device), sum(tensor.nbytes for tensor in tensors_of(model))
+    visit = {tensor.device.type for tensor in tensors_of(model)} == {"cpu"} != {place.type}
+    if visit and size > _WEIGHTS_SHARE * free_memory(place):
+        logger.warning("The model does not fit on %s as a whole, so the CPU runs it, which takes long.", place)
+        visit = False
+    if visit:
+        model.to(place)
+    yield
+    if visit:
+        model.to("cpu")
 
 
 def _common(
@@ -123,17 +153,6 @@ def _common(
     }
 
 
-def _outline(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> Outline:
-    """How the model runs, for the longest row; nothing if there are no data to run."""
-    if calibration is None:
-        return Outline()
-    return outline(model, max(map(len, calibration.rows)), config.guided, _place(config))
-
-
-def _place(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:
-    return lambda home: compute_device(home, config.device)
-
-
 def _begin(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
@@ -144,7 +163,7 @@ def _begin(
     store: StatisticsStore | None,
 ) -> tuple[list[Segment], list[list[list[LayerPlan]]], dict[str, Finished]]:
     """Segments, what is still to be solved of each, in batches, and what an interrupted run has finished."""
-    footprint = Footprint(model, layers_plan.layers, drawn, _place(config))
+    footprint = Footprint(model, layers_plan.layers, drawn, place_for(config))
     started = None
     if run_folder is not None or store is not None:
         fingerprint = model_fingerprint(model)
@@ -162,24 +181,10 @@ def _begin(
         finished = run_folder.finished(layers_plan)
         # A batch is solved whole or not at all: in parts, its products could round differently.
         work = [[batch for batch in part if any(layer.name not in finished for layer in batch)] for part in work]
-    if store is not None and calibration is not None and any(work):
+    if store is not None and calibration is not None and layers_plan.needs_data and any(work):
         identity = statistics_identity(fingerprint, config, calibration)
         store.begin(identity, environment(model, config.device), calibration.summary(), chain(*chain(*work)))
     return segments, work, finished
-
-
-def _relay(
-    model: PreTrainedModel,
-    config: GuidedQuantConfig,
-    drawn: Outline,
-    segments: Sequence[Segment],
-    calibration: Calibration | None,
-    workers: Workers,
-) -> Relay:
-    """The rows at the start; without data, none."""
-    rows = [] if calibration is None else calibration.rows
-    borders = [(segment.start, segment.stop) for segment in segments]
-    return Relay(model, drawn, borders, rows, guided=config.guided, place=_place(config), workers=workers)
 
 
 def _summary(
@@ -254,8 +259,8 @@ def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) ->
 
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
-    """Token rows, if any layer's method needs data."""
-    if all(layer.statistics == "none" for layer in layers_plan.layers):
+    """Token rows, if anything needs data."""
+    if not (layers_plan.needs_data or config.distill or isinstance(config.bits, float)):
         return None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_rows(

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,6 +92,11 @@ class Plan:
     quantized_bytes: int
 
     @property
+    def needs_data(self) -> bool:
+        """Whether any layer's method needs calibration data."""
+        return any(layer.statistics != "none" for layer in self.layers)
+
+    @property
     def bits_per_weight(self) -> float:
         """Mean bits per quantized weight, codebooks included."""
         return 8 * sum(layer.packed_bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
@@ -101,7 +107,8 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
 
     Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules
     share, and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such
-    as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning.
+    as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning. What a layer
+    gets of a mean number of bits is only known from data; until then it is that number, rounded up.
 
     Raises:
         ConfigError: An override or exclusion matches no module.
@@ -121,6 +128,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             reason = _skip_reason(name, module, parameter, owners, config, is_head=module is head)
             if reason is None:
                 settings = config.for_module(name)
+                settings["bits"] = math.ceil(settings["bits"])
                 out_features, in_features = linear_shape(module)
                 groups = _groups(out_features, config.num_groups) if config.guided else 1
                 layers.append(LayerPlan(name, out_features, in_features, **settings, num_groups=groups))
@@ -136,6 +144,12 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
         )
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
+
+
+def with_bits(model: nn.Module, layers_plan: Plan, bits: Mapping[str, int]) -> Plan:
+    """The plan with other widths of some layers, by name."""
+    layers = [replace(layer, bits=bits.get(layer.name, layer.bits)) for layer in layers_plan.layers]
+    return Plan(tuple(layers), layers_plan.skipped, *_sizes(model, layers))
 
 
 def _check_patterns(model: nn.Module, config: GuidedQuantConfig) -> None:

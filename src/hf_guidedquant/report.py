@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .config import GuidedQuantConfig
+from .distill import DistillReport
 from .plan import LayerPlan
 from .solvers import SOLVERS
 
@@ -58,6 +59,7 @@ class Report:
         bits_per_weight: Mean over the quantized weights, codebooks included.
         seconds: Stage -> time.
         settings: The persisted config.
+        distillation: What training the codebooks did; None if they were not trained.
         measured: Anything measured on the model afterwards, e.g. ``{"perplexity": 23.1}``.
     """
 
@@ -69,6 +71,7 @@ class Report:
     bits_per_weight: float
     seconds: dict[str, float]
     settings: dict[str, Any] = field(default_factory=dict)
+    distillation: DistillReport | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +113,8 @@ class Report:
         ]
         if repaired:
             lines.append("layers with " + ", ".join(repaired))
+        if self.distillation is not None:
+            lines.append(f"distilled: {self.distillation.describe()}")
         lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         return "\n".join(lines)
 
@@ -179,13 +184,16 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
         "",
         "| | |",
         "|---|---|",
-        f"| method | {settings['method']}{', guided by the end loss' if guided else ''} |",
+        f"| method | {settings['method']}{', guided by the end loss' if guided else ''}"
+        f"{', codebooks distilled' if settings.get('distill') else ''} |",
     ]
     if report is not None:
         lines += [
             f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
             f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
         ]
+        if report.distillation is not None:
+            lines.append(f"| distilled | {report.distillation.describe()} |")
         lines += [f"| {name} | {value} |" for name, value in report.measured.items()]
     if all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items()):
         lines.append(

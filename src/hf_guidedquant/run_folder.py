@@ -29,8 +29,10 @@ _ABOUT = (
     "A run of hf-guidedquant. The same call with the same run_dir goes on where it was interrupted. "
     "Delete this folder when the model is saved."
 )
-# Modules and provenance are results of the run.
-_SETTINGS = (*(name for name in PERSISTED if name not in ("modules", "provenance")), "num_samples", "seq_len", "seed")
+# Modules and provenance are results of the run. Solved layers do not depend on the distillation, which starts over from
+# them whenever the run does.
+_NOT_OF_LAYERS = ("modules", "provenance", "distill")
+_SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), "num_samples", "seq_len", "seed")
 
 # A layer's packed tensors, and its entry of the report.
 Finished = tuple[dict[str, Tensor], LayerReport]
@@ -48,7 +50,7 @@ class RunFolder:
         Products of another batch size can round differently, so a run keeps its batches, whatever memory is free later.
 
         Args:
-            identity: What the result depends on (:func:`run_identity`).
+            identity: What the layers depend on (:func:`run_identity`).
             plan: The layers of the run.
 
         Raises:
@@ -111,12 +113,12 @@ def run_identity(
     plan: Plan,
     calibration: Calibration | None,
 ) -> dict[str, Any]:
-    """All that the saved files depend on, in words that a message can use.
+    """All that the solved layers depend on, in words that a message can use.
 
     ``fingerprint`` is the model's (:func:`model_fingerprint`).
     """
     data = {}
-    if calibration is not None:
+    if calibration is not None and plan.needs_data:
         data = {
             "calibration data": calibration.sha256(),
             "tokenizer": tokenizer_fingerprint(calibration.tokenizer),

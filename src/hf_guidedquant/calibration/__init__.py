@@ -4,7 +4,7 @@ from .collector import LayerStatistics
 from .outline import Outline, outline
 from .relay import Relay
 from .rows import Calibration, load_rows
-from .segments import Footprint, Segment, divide, gather
+from .segments import Footprint, Segment, divide, gather, outline_for, place_for, relay_for
 from .store import StatisticsStore, open_statistics
 
 __all__ = [
@@ -20,4 +20,7 @@ __all__ = [
     "load_rows",
     "open_statistics",
     "outline",
+    "outline_for",
+    "place_for",
+    "relay_for",
 ]

@@ -223,17 +223,6 @@ def _hooks(handles: Iterator) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
     """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

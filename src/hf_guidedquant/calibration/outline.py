@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import GuidedQuantError
-from .collector import end_loss, evaluating, gradients_of_activations_only
+from ..running import evaluating
+from .collector import end_loss, gradients_of_activations_only
 
 logger = logging.getLogger(__name__)
 

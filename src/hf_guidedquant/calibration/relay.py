@@ -6,8 +6,6 @@ left: activations, Hessians and, where they have to be moved, weights of one seg
 is the plain pass. The numbers are the same however the blocks are divided.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,20 +16,18 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..linears import stored_weight, tensors_of
+from ..running import evaluating, repeatable_backward
 from ..workers import Workers
 from .collector import (
     LayerStatistics,
     Row,
     check_bad_rows,
     end_loss,
-    evaluating,
     gradients_of_activations_only,
     tapped,
     watched,
 )
 from .outline import Outline, hidden_states, replace_hidden_states
-
-logger = logging.getLogger(__name__)
 
 
 class Relay:
@@ -72,6 +68,7 @@ class Relay:
         # Of every row, once there was a loss: whether it counts.
         self._valid: list[Tensor] = []
         self._entering: Tensor | None = None
+        self._sending: set[torch.device] = set()
         self._waiting = self.order
 
     @property
@@ -114,7 +111,8 @@ class Relay:
             with watched(self._modules(statistics), statistics, row):
                 for index in self._progress(number, title):
                     state = self._run(index, start)
-                    left += [_put_aside(state)] if stop < len(self._blocks) else []
+                    left += [self._put_aside(state)] if stop < len(self._blocks) else []
+        self._arrive()
         self._states[stop] = left
         if not self._guided:
             self._states.pop(start, None)
@@ -129,13 +127,16 @@ class Relay:
             stack.enter_context(self._only(start, stop))
             row = Row(torch.ones((), dtype=torch.bool, device=self._input_device))
             if self._rows:
-                stack.enter_context(_repeatable(self._input_device, lambda: self._run_back(0, start, stop, row)))
+                stack.enter_context(
+                    repeatable_backward(self._input_device, lambda: self._run_back(0, start, stop, row))
+                )
             stack.enter_context(tapped(self._modules(statistics), statistics, row))
             for index in self._progress(number, title):
                 gradient = self._run_back(index, start, stop, row)
-                gradients += [] if gradient is None else [_put_aside(gradient)]
+                gradients += [] if gradient is None else [self._put_aside(gradient)]
                 if stop == len(self._blocks):
                     self._valid.append(row.valid)
+        self._arrive()
         self._gradients = gradients
         self._states.pop(start, None)
 
@@ -150,12 +151,25 @@ class Relay:
         torch.autograd.backward(left, gradient)
         return None if self._entering is None else self._entering.grad
 
+    def _put_aside(self, tensor: Tensor) -> Tensor:
+        """A copy in the CPU's memory. From a GPU it is on its way until :meth:`_arrive`."""
+        if tensor.device.type != "cuda":
+            return tensor.detach().cpu()
+        self._sending.add(tensor.device)
+        aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return aside.copy_(tensor.detach(), non_blocking=True)
+
+    def _arrive(self) -> None:
+        while self._sending:
+            torch.cuda.synchronize(self._sending.pop())
+
     def _run(self, index: int, start: int) -> Any:
         """Forward: the model's output, or the hidden states that enter the block behind the segment."""
         self._entering = None
         if start > 0:
             device = self._place(next(self._blocks[start].parameters()).device)
-            self._entering = self._states[start][index].to(device, non_blocking=True).requires_grad_(torch.is_grad_enabled())
+            states = self._states[start][index].to(device, non_blocking=True)
+            self._entering = states.requires_grad_(torch.is_grad_enabled())
         ids = self._rows[index].to(self._input_device)
         try:
             return self._model(input_ids=ids.unsqueeze(0), use_cache=False)
@@ -219,14 +233,6 @@ class _Border(Exception):  # noqa: N818  Nothing went wrong.
         self.states = states
 
 
-def _put_aside(tensor: Tensor) -> Tensor:
-    """A copy in the CPU's memory. From a GPU it may still be on its way: only to be read by way of the same GPU."""
-    if tensor.device.type != "cuda":
-        return tensor.detach().cpu()
-    aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return aside.copy_(tensor.detach(), non_blocking=True)
-
-
 def _leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     raise _Border(hidden_states(args, kwargs))
 
@@ -248,33 +254,3 @@ def _passed_over(block: nn.Module, outputs: int | None) -> Iterator[None]:
             del block.forward
         else:
             block.forward = own
-
-
-@contextmanager
-def _repeatable(device: torch.device, trial: Callable[[], Any]) -> Iterator[None]:
-    """Demand deterministic kernels of attention's backward pass, if all of the model's operations have them.
-
-    Fused attention is deterministic on a GPU only in torch's strict mode, which refuses some other operations; a trial
-    run with one row tells. On a CPU everything is deterministic anyway.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # cuBLAS reads this at every product; strict mode refuses to run without it.
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        torch.use_deterministic_algorithms(True)
-        try:
-            trial()
-        except RuntimeError as error:
-            if "determinis" not in str(error):
-                raise
-            logger.warning("The calibration of this model is not repeatable bit for bit: %s", str(error).split(".")[0])
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        if workspace is None:
-            del os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -15,8 +15,9 @@ from ..plan import LayerPlan
 from ..resources import compute_device, free_memory
 from ..workers import Workers
 from .collector import LayerStatistics
-from .outline import Outline
+from .outline import Outline, outline
 from .relay import Relay
+from .rows import Calibration
 from .store import StatisticsStore
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,32 @@ class Footprint:
             row += max(self._taps[k] for k in here)
             found[device] += max(weights + row, *(self._solver[k][device] for k in here))
         return found
+
+
+def place_for(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:
+    """Where the work on weights of a device is done."""
+    return lambda home: compute_device(home, config.device)
+
+
+def outline_for(model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None) -> Outline:
+    """How the model runs, for the longest row; an empty outline without data."""
+    if calibration is None:
+        return Outline()
+    return outline(model, max(map(len, calibration.rows)), config.guided, place_for(config))
+
+
+def relay_for(
+    model: PreTrainedModel,
+    config: GuidedQuantConfig,
+    drawn: Outline,
+    segments: Sequence[Segment],
+    calibration: Calibration | None,
+    workers: Workers,
+) -> Relay:
+    """The rows at the start, to go through these segments."""
+    rows = [] if calibration is None else calibration.rows
+    borders = [(segment.start, segment.stop) for segment in segments]
+    return Relay(model, drawn, borders, rows, guided=config.guided, place=place_for(config), workers=workers)
 
 
 def divide(

@@ -3,10 +3,13 @@
 from .fusion import fuse, unfuse
 from .guided_linear import GuidedLinear
 from .surgery import cache_dequantized, dequantize_model, prepare_layers, quantized_modules, replace_module
+from .trained_linear import TrainedLinear, codebook_gradient
 
 __all__ = [
     "GuidedLinear",
+    "TrainedLinear",
     "cache_dequantized",
+    "codebook_gradient",
     "dequantize_model",
     "fuse",
     "prepare_layers",

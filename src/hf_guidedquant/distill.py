@@ -1,0 +1,186 @@
+"""Codebooks trained end to end: the quantized model learns the token distribution of the original.
+
+Codes stay where the solver put them, so files and speed are the same. What is minimised is the mean over tokens of
+KL(original ‖ quantized).
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from .calibration.collector import input_device
+from .config import DistillSpec
+from .divergence import Divergence
+from .nn import TrainedLinear, quantized_modules, replace_module
+from .running import checkpointed, evaluating, repeatable_backward
+from .workers import Workers
+
+logger = logging.getLogger(__name__)
+
+# Share of the training in which the steps grow to their largest.
+_RISE = 0.1
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What training did, as KL(original ‖ quantized) in nats per token.
+
+    Attributes:
+        trained: Of the rows trained on, a mean over each epoch, while it trained.
+        held_back: Of the rows not trained on, before the first and after every epoch.
+        best_epoch: The epoch whose codebooks were kept; 0 if none was better than the solver's.
+        held_back_rows: Number of rows not trained on.
+    """
+
+    trained: tuple[float, ...]
+    held_back: tuple[float, ...]
+    best_epoch: int
+    held_back_rows: int
+
+    def describe(self) -> str:
+        """One line for readers."""
+        return (
+            f"KL to the original {self.held_back[0]:.4f} -> {self.held_back[self.best_epoch]:.4f} nats per token on "
+            f"{self.held_back_rows} rows held back (epoch {self.best_epoch} of {len(self.trained)})"
+        )
+
+
+def distill(
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+    states: Sequence[Tensor],
+    spec: DistillSpec,
+    seed: int = 0,
+    workers: Workers | None = None,
+) -> DistillReport:
+    """Train the codebooks of a quantized model, in place, and keep those of the best epoch, the start included.
+
+    The steps are AdamW's, relative to a layer's mean distance between neighbouring codewords. Codebooks end in
+    ascending order, with the codes renumbered to match. Several processes all do the same work, and end with the first
+    one's codebooks.
+
+    Args:
+        model: Holds :class:`GuidedLinear` layers; they are replaced by new ones.
+        rows: Token ids, int64 ``[T]`` each.
+        states: The original's (:func:`hf_guidedquant.divergence.teacher_states`) of the same rows, two at least. Rows
+            with NaN or infinity are left out.
+        spec: How to train.
+        seed: Of the order of the rows, and of the choice of those held back.
+        workers: Processes that quantize together.
+    """
+    workers = workers or Workers()
+    generator = torch.Generator().manual_seed(seed)
+    divergence = Divergence(model, rows, states)
+    usable = _shuffled(divergence.usable(), generator)
+    count = max(1, round(spec.held_back * len(usable)))
+    held_back, training = usable[:count], usable[count:]
+    with ExitStack() as stack:
+        codebooks = stack.enter_context(_trained_codebooks(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(checkpointed(model))
+        stack.enter_context(repeatable_backward(input_device(model), partial(divergence.backward, training[:1])))
+        optimizer = torch.optim.AdamW(_groups(codebooks, spec.learning_rate), betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer.zero_grad()
+        trained, found = [], [divergence.mean(held_back)]
+        best, best_epoch = _copy(codebooks), 0
+        done, total = 0, spec.epochs * divergence.tokens(training)
+        with tqdm(total=total, desc="Distilling", unit="token", unit_scale=True) as bar:
+            for epoch in range(1, spec.epochs + 1):
+                summed = 0.0
+                for batch in _batches(rows, _shuffled(training, generator), spec.batch_tokens):
+                    tokens = divergence.tokens(batch)
+                    summed += divergence.backward(batch)
+                    _step(optimizer, tokens, _rate((done + tokens / 2) / total))
+                    done += tokens
+                    bar.update(tokens)
+                trained.append(summed / divergence.tokens(training))
+                found.append(divergence.mean(held_back))
+                logger.info("Distilled epoch %d: KL %.4f, held back %.4f", epoch, trained[-1], found[-1])
+                if found[-1] < found[best_epoch]:
+                    best, best_epoch = _copy(codebooks), epoch
+        for codebook, values in zip(codebooks, best, strict=True):
+            workers.hand_over(values, 0)
+            codebook.data.copy_(values)
+    return workers.tell(DistillReport(tuple(trained), tuple(found), best_epoch, count), 0)
+
+
+@contextmanager
+def _trained_codebooks(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The codebooks of a model as its only parameters with gradients; what they are at the end is what it keeps.
+
+    After an exception the model is as it was.
+    """
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    finished: dict[str, Any] = dict(quantized_modules(model))
+    layers = {name: TrainedLinear(layer) for name, layer in finished.items()}
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield [layer.codebook for layer in layers.values()]
+        finished = {name: layer.quantized() for name, layer in layers.items()}
+    finally:
+        for name, module in finished.items():
+            replace_module(model, name, module)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def _groups(codebooks: Sequence[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
+    """A group per layer, with its largest step."""
+    spacings = [float(codebook.detach().diff(dim=-1).abs().mean()) for codebook in codebooks]
+    return [{"params": [c], "largest": learning_rate * d} for c, d in zip(codebooks, spacings, strict=True)]
+
+
+def _rate(progress: float) -> float:
+    """Share of the largest step at a share of the training: a short rise, then half a cosine."""
+    if progress < _RISE:
+        return progress / _RISE
+    return 0.5 * (1 + math.cos(math.pi * (progress - _RISE) / (1 - _RISE)))
+
+
+def _step(optimizer: torch.optim.Optimizer, tokens: int, rate: float) -> None:
+    """One step along the clipped mean of ``tokens`` summed gradients, or none if any is NaN or infinite."""
+    parameters = []
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["largest"]
+        parameters += [parameter for parameter in group["params"] if parameter.grad is not None]
+    for parameter in parameters:
+        parameter.grad /= tokens
+    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _batches(rows: Sequence[Tensor], order: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Rows in order, as many at a time as have so many tokens together."""
+    batch: list[int] = []
+    for index in order:
+        batch.append(index)
+        if sum(rows[i].numel() for i in batch) >= tokens:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
+    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def _copy(codebooks: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [codebook.detach().clone() for codebook in codebooks]
+
+
+__all__ = ["DistillReport", "distill"]

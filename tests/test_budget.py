@@ -1,0 +1,122 @@
+"""A mean number of bits: kept to, spent where it pays, the same for layers that are multiplied together."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model, token_rows
+from test_run_folder import saved
+from trained_model import ROW, calibration_rows, held_out_ids, trained_model
+from transformers import AutoModelForCausalLM
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig, budget, solving
+from hf_guidedquant.divergence import Divergence, teacher_states
+from hf_guidedquant.nn import quantized_modules
+
+PROMPT = torch.arange(2, 20)[None]
+
+
+def config(**changes):
+    return GuidedQuantConfig(**{"bits": 2.5, "dataset": token_rows(), "num_groups": 3, **changes})
+
+
+def mean_bits(layers):
+    layers = list(layers)
+    weights = [layer.in_features * layer.out_features for layer in layers]
+    return sum(layer.bits * size for layer, size in zip(layers, weights, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("method", ["lnq", "squeezellm"])
+@pytest.mark.parametrize("bits", [2.5, 3.0])
+def test_the_mean_is_kept_to_and_layers_multiplied_together_share_a_width(bits, method, any_model, tmp_path):
+    model = hf_guidedquant.quantize(any_model, config(bits=bits, method=method))
+    layers = quantized_modules(model)
+    # A step of the largest group of layers would not have fitted any more.
+    assert bits - 0.5 < mean_bits(layers.values()) <= bits
+    assert len({layer.bits for layer in layers.values()}) > 1
+    for name, layer in layers.items():
+        for one, others in (("q_proj", ("k_proj", "v_proj")), ("gate_proj", ("up_proj",))):
+            if name.endswith(one):
+                assert {layers[name.replace(one, other)].bits for other in others} == {layer.bits}
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.config.quantization_config.bits == bits
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits)
+
+
+def test_bits_go_where_the_predicted_loss_falls_most(llama, monkeypatch):
+    """With all to be gained in one place: the o_proj of the second block."""
+    wanted = "model.layers.1.self_attn.o_proj"
+    monkeypatch.setattr(
+        budget, "_predicted_loss", lambda weight, h, bits, layer, c: 1 / bits if layer.name == wanted else 1e-3 / bits
+    )
+    layers = quantized_modules(hf_guidedquant.quantize(llama, config(bits=2.1)))
+    # A tenth of a bit for all is a bit and a half for this one, and less than a bit for any other.
+    assert {name: layer.bits for name, layer in layers.items() if layer.bits != 2} == {wanted: 3}
+
+
+def test_the_predicted_loss_is_what_weighted_kmeans_leaves():
+    """The report's relative objective times ``Σ h w²``, from the diagonals themselves."""
+    model = tiny_model()
+    settings = config(bits=2, method="squeezellm", num_groups=1)
+    seen = {}
+    solve = solving._solve_batch
+
+    def spy(model, batch, statistics, config):
+        for layer, found in zip(batch, statistics, strict=True):
+            weight = model.get_submodule(layer.name).weight.detach()
+            diagonal = found.hessian.clone()
+            unit = float((weight.double().square() * diagonal.double()).sum())
+            seen[layer.name] = budget._predicted_loss(weight, diagonal, 2, layer, config), unit
+        return solve(model, batch, statistics, config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solving, "_solve_batch", spy)
+        report = hf_guidedquant.quantize(model, settings).quantization_report
+    assert len(seen) == 14
+    for layer in report.layers:
+        loss, unit = seen[layer.plan.name]
+        # Products of three fp32 roundings each, of the same codes.
+        assert loss == pytest.approx(layer.objectives["kmeans"] * unit, rel=16 * torch.finfo(torch.float32).eps)
+
+
+def test_overrides_keep_their_width_and_do_not_count(llama):
+    layers = quantized_modules(hf_guidedquant.quantize(llama, config(overrides={"*.down_proj": {"bits": 8}})))
+    others = {name: layer for name, layer in layers.items() if not name.endswith("down_proj")}
+    assert {layer.bits for name, layer in layers.items() if name not in others} == {8}
+    assert 2 < mean_bits(others.values()) <= 2.5
+
+
+def test_the_same_seed_gives_the_same_bytes_and_a_run_goes_on(tmp_path, monkeypatch):
+    expected = saved(hf_guidedquant.quantize(tiny_model(), config()), tmp_path / "model")
+    folders = {"run_dir": tmp_path / "run", "statistics": tmp_path / "statistics"}
+    assert saved(hf_guidedquant.quantize(tiny_model(), config(**folders)), tmp_path / "model") == expected
+    monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
+    assert saved(hf_guidedquant.quantize(tiny_model(), config(**folders)), tmp_path / "model") == expected
+
+
+def test_bits_where_they_pay_are_closer_to_the_original_than_the_same_for_all():
+    original = trained_model()
+    unseen = list(held_out_ids().view(-1, ROW))
+    states = teacher_states(original, unseen)
+    found = []
+    for bits in (3, 3.0):
+        settings = GuidedQuantConfig(bits=bits, dataset=calibration_rows())
+        model = hf_guidedquant.quantize(copy.deepcopy(original), settings)
+        assert mean_bits(quantized_modules(model).values()) <= 3
+        found.append(Divergence(model, unseen, states).mean(range(len(unseen))))
+    assert found[0] > found[1]
+
+
+@pytest.mark.parametrize(
+    ("mean", "widths"),
+    [(2.0, [2, 3, 4]), (2.5, [2, 3, 4]), (4.0, [2, 3, 4]), (1.0, [1, 2]), (4.5, [3, 4, 5, 6]), (8.0, [7, 8])],
+)
+def test_widths_to_choose_from(mean, widths):
+    assert list(budget._widths(mean)) == widths
+
+
+def test_the_plan_shows_the_next_larger_width_before_there_are_data(llama):
+    assert {layer.bits for layer in hf_guidedquant.plan(llama, config()).layers} == {3}

@@ -1,0 +1,239 @@
+"""Codebooks trained end to end: less KL, the best epoch, the same bytes every time."""
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from conftest import ARCHITECTURES, tiny_model, token_rows
+from test_divergence import capped_gemma3
+from test_run_folder import FEW, in_a_killed_process, layer_files, saved
+from trained_model import ROW, calibration_rows, held_out_ids, trained_model
+from transformers import AutoModelForCausalLM
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig, distill, solving
+from hf_guidedquant.config import DistillSpec
+from hf_guidedquant.divergence import Divergence, teacher_states
+from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
+from hf_guidedquant.nn import TrainedLinear, quantized_modules
+
+MODELS = {**{name: lambda name=name: tiny_model(name) for name in ARCHITECTURES}, "capped": capped_gemma3}
+PROMPT = torch.arange(2, 20)[None]
+
+
+# Random rows teach nothing about other random rows: these come twice, so that some that are held back are known.
+ROWS = token_rows(4) * 2
+
+
+def config(**changes):
+    return GuidedQuantConfig(**{"bits": 2, "dataset": ROWS, "distill": {"batch_tokens": 64}, **changes})
+
+
+def states(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("method", ["lnq", "rtn"])
+def test_divergence_falls_also_on_text_that_is_neither_trained_on_nor_held_back(method):
+    original = trained_model()
+    unseen = list(held_out_ids().view(-1, ROW))
+    found = {}
+    for wanted in (False, {"batch_tokens": 512}):
+        settings = GuidedQuantConfig(bits=3, method=method, dataset=calibration_rows(), distill=wanted)
+        model = hf_guidedquant.quantize(copy.deepcopy(original), settings)
+        found[bool(wanted)] = Divergence(model, unseen, teacher_states(original, unseen)).mean(range(len(unseen)))
+    report = model.quantization_report.distillation
+    assert report.held_back_rows == 4
+    assert report.best_epoch > 0
+    assert report.held_back[report.best_epoch] == min(report.held_back) < report.held_back[0]
+    assert found[True] < found[False]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_distilled_model_is_saved_and_reloaded(name, tmp_path):
+    plain = hf_guidedquant.quantize(MODELS[name](), config(distill=False))
+    model = hf_guidedquant.quantize(MODELS[name](), config())
+    assert model.quantization_report.distillation.best_epoch > 0
+    for module, (path, layer) in zip(quantized_modules(plain).values(), quantized_modules(model).items(), strict=True):
+        assert not torch.equal(layer.lut, module.lut), path
+        assert (layer.lut.diff(dim=-1) >= 0).all()
+    hf_guidedquant.save(model, tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=PROMPT).logits, model(input_ids=PROMPT).logits)
+    assert again.config.quantization_config.distill == config().distill
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "codebooks distilled" in card
+    line = model.quantization_report.distillation.describe()
+    assert f"| distilled | {line} |" in card
+    assert f"distilled: {line}" in model.quantization_report.table()
+    assert model.quantization_report.seconds["distillation"] > 0
+    # All that is not quantized, the tied embeddings among it, is the original's.
+    layers = set(quantized_modules(model))
+    original, distilled = (
+        {key: tensor for key, tensor in m.state_dict().items() if key.rpartition(".")[0] not in layers}
+        for m in (MODELS[name](), model)
+    )
+    assert same(original, distilled)
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    first, second, other = (
+        saved(hf_guidedquant.quantize(tiny_model(), config(seed=seed)), tmp_path / "model") for seed in (3, 3, 4)
+    )
+    assert first == second
+    assert first["model.safetensors"] != other["model.safetensors"]
+
+
+def test_the_codebooks_of_the_best_epoch_are_kept(monkeypatch):
+    """Whatever the rows held back say: here that the third of five epochs is the best."""
+    said, seen = iter([5.0, 4.0, 3.0, 2.0, 2.5, 2.0]), []
+
+    def mean(self, which):
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, TrainedLinear)}
+        seen.append({name: layer.quantized().dequantize() for name, layer in layers.items()})
+        return next(said)
+
+    monkeypatch.setattr(Divergence, "mean", mean)
+    model = hf_guidedquant.quantize(tiny_model(), config(distill={"epochs": 5, "batch_tokens": 64}))
+    report = model.quantization_report.distillation
+    assert (report.best_epoch, report.held_back, len(report.trained)) == (3, (5.0, 4.0, 3.0, 2.0, 2.5, 2.0), 5)
+    found = {name: layer.dequantize() for name, layer in quantized_modules(model).items()}
+    assert [same(found, one) for one in seen] == [False, False, False, True, False, False]
+
+
+def test_training_that_does_harm_is_not_kept():
+    plain = hf_guidedquant.quantize(copy.deepcopy(trained_model()), GuidedQuantConfig(dataset=calibration_rows()))
+    wild = {"learning_rate": 1.0, "batch_tokens": 512}
+    model = hf_guidedquant.quantize(
+        copy.deepcopy(trained_model()), GuidedQuantConfig(dataset=calibration_rows(), distill=wild)
+    )
+    report = model.quantization_report.distillation
+    assert min(report.held_back[1:]) > report.held_back[0]
+    assert report.best_epoch == 0
+    assert same(model.state_dict(), plain.state_dict())
+
+
+def test_rows_held_back_are_not_trained_on(monkeypatch):
+    trained, measured = set(), set()
+    backward, mean = Divergence.backward, Divergence.mean
+    monkeypatch.setattr(Divergence, "backward", lambda self, which: trained.update(which) or backward(self, which))
+    monkeypatch.setattr(Divergence, "mean", lambda self, which: measured.update(which) or mean(self, which))
+    hf_guidedquant.quantize(tiny_model(), config(distill={"held_back": 0.4, "batch_tokens": 64}))
+    assert len(measured) == 3
+    assert trained | measured == set(range(8))
+    assert not trained & measured
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(value):
+    parameters = [torch.nn.Parameter(torch.ones(2, 4)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [p], "largest": 0.1} for p in parameters], weight_decay=0.0)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2, 4)
+    parameters[1].grad[0, 0] = value
+    distill._step(optimizer, 1, 1.0)
+    assert all(torch.equal(parameter, torch.ones(2, 4)) for parameter in parameters)
+    parameters[0].grad = torch.ones(2, 4)
+    distill._step(optimizer, 1, 1.0)
+    assert not torch.equal(parameters[0], torch.ones(2, 4))
+
+
+def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
+    original = teacher_states(tiny_model(), ROWS)
+    model = hf_guidedquant.quantize(tiny_model(), config(distill=False)).train()
+    before, layers = states(model), quantized_modules(model)
+    calls = iter(range(10))
+    backward = Divergence.backward
+
+    def failing(self, which):
+        if next(calls) == 2:
+            raise MemoryError
+        return backward(self, which)
+
+    monkeypatch.setattr(Divergence, "backward", failing)
+    with pytest.raises(MemoryError):
+        distill.distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+    assert same(before, model.state_dict())
+    assert all(module is layers[name] for name, module in quantized_modules(model).items())
+    monkeypatch.undo()
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    distill.distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+    assert not same(before, model.state_dict())
+    assert all(module.training for module in model.modules())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_accelerate_hooks_stay_with_their_layers():
+    model = tiny_model()
+    hook = AlignDevicesHook(execution_device="cpu")
+    add_hook_to_module(model.model.layers[0].mlp.up_proj, hook)
+    expected = hf_guidedquant.quantize(tiny_model(), config()).state_dict()
+    hf_guidedquant.quantize(model, config())
+    assert model.model.layers[0].mlp.up_proj._hf_hook is hook
+    assert same(expected, model.state_dict())
+    assert model(input_ids=PROMPT).logits.isfinite().all()
+
+
+def test_what_cannot_be_distilled_is_refused_before_anything_is_solved(monkeypatch):
+    monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
+    model = tiny_model()
+    before = states(model)
+    with pytest.raises(CalibrationError, match="two calibration rows"):
+        hf_guidedquant.quantize(model, config(dataset=token_rows(1)))
+    with pytest.raises(TokenizerMissingError):
+        hf_guidedquant.quantize(model, config(method="rtn", dataset="builtin"))
+    assert same(before, model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return saved(hf_guidedquant.quantize(tiny_model(), config(**FEW)), tmp_path_factory.mktemp("undisturbed") / "model")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_that_is_killed_while_it_distills_ends_with_the_same_bytes(step, undisturbed, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+
+    def run():
+        calls, optimize = iter(range(1, 100)), distill._step
+
+        def kill(*args):
+            if next(calls) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            optimize(*args)
+
+        distill._step = kill
+        hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
+
+    in_a_killed_process(run)
+    assert len(layer_files(run_dir)) == 3
+    monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
+    model = hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
+    assert saved(model, tmp_path / "model") == undisturbed
+
+
+@pytest.mark.parametrize("method", ["lnq", "rtn"])
+def test_solved_layers_serve_any_distillation(method, tmp_path, monkeypatch):
+    expected = {
+        wanted: saved(
+            hf_guidedquant.quantize(tiny_model(), config(method=method, distill=wanted, **FEW)), tmp_path / "model"
+        )
+        for wanted in (False, True)
+    }
+    assert expected[False]["model.safetensors"] != expected[True]["model.safetensors"]
+    settings = {"method": method, "run_dir": tmp_path / "run", **FEW}
+    hf_guidedquant.quantize(tiny_model(), config(distill={"epochs": 1}, **settings))
+    monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
+    for wanted in (False, True):
+        model = hf_guidedquant.quantize(tiny_model(), config(distill=wanted, **settings))
+        assert saved(model, tmp_path / "model") == expected[wanted]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_guidedquant.solvers import Solution, SolverSpec, lnq
+from hf_guidedquant.solvers import Solution, SolverSpec, kmeans, lnq
 from hf_guidedquant.solvers.hessian import condition
 from hf_guidedquant.triton_kernels import set_backend
 
@@ -47,7 +47,7 @@ class Parts:
     """While entered, the parts of a solve add their seconds to ``spent``."""
 
     places: tuple[tuple[Any, str, str], ...] = (
-        (lnq, "cluster", "k-means"),
+        (kmeans, "cluster", "k-means"),
         (lnq._Problem, "assign", "descent"),
         (lnq._Problem, "fit_codebook", "codebook"),
     )

@@ -17,8 +17,9 @@ from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
 
-# Bytes at most of what the solver does a part of the rows at a time.
-_SOLVER_PART = 1700 << 20
+# Weights and Hessians of a batch. Fixed, not a share of what is free: products of another batch size can round
+# differently, and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
+_BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,17 @@ class LayerPlan:
     def statistics_bytes(self) -> int:
         return 4 * math.prod(self.statistics_shape)
 
-    @property
-    def solver_bytes(self) -> int:
-        """Working memory of the solver beside the layer's statistics: bytes per weight and per entry of the Hessian.
+    def solver_bytes(self, count: int = 1) -> int:
+        """Working memory for solving so many layers like this together, beside their statistics."""
+        rows = -(-self.out_features // self.num_groups)
+        # One layer's Hessian at a time is made fit to solve with: its copy, a factorisation, and work space.
+        conditioning = 12 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
+        return max(SOLVERS[self.method].memory(count * self.num_groups, rows, self.in_features), conditioning)
 
-        Measured with LNQ; at the worst moment it either makes the Hessian fit to solve with, or solves.
-        """
-        hessian = self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
-        solving = max(32 * self.weights, min(100 * self.weights, _SOLVER_PART))
-        return 4 * self.weights + max(12 * hessian, 6 * hessian + solving)
+    def batch_size(self, device: torch.device) -> int:
+        """How many layers like this are solved together at most."""
+        work = 4 * (6 * self.weights + 3 * self.num_groups * self.in_features**2)
+        return max(1, (_BATCH_BYTES_CPU if device.type == "cpu" else _BATCH_BYTES_GPU) // work)
 
     @property
     def weights(self) -> int:

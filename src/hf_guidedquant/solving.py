@@ -24,9 +24,6 @@ from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
-# Working memory of a batch. Fixed, not a share of what is free: products of another batch size can round differently,
-# and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
-_BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
 # All that a weight costs besides products with the Hessian, in inputs of such a product. For progress bars.
 _STEP_INPUTS = 4096
 
@@ -44,8 +41,7 @@ def batches(
         key = (replace(layer, name=""), compute_device(weight.device, device), lut_format.codebook_dtype(weight))
         alike.setdefault(key, []).append(layer)
     for (one, place, _), members in alike.items():
-        limit = _BATCH_BYTES_CPU if place.type == "cpu" else _BATCH_BYTES_GPU
-        size = max(1, limit // one.solver_bytes)
+        size = one.batch_size(place)
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 

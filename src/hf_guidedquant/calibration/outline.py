@@ -130,7 +130,7 @@ def replace_hidden_states(args: tuple, kwargs: dict[str, Any], states: Any) -> t
     return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
 
-class _Memory(TorchDispatchMode):
+class Memory(TorchDispatchMode):
     """Bytes of the tensors that operations inside have made and that are still alive; and the operations."""
 
     def __init__(self) -> None:
@@ -203,7 +203,7 @@ class _Watch:
     """Notes the memory whenever hidden states, or their gradients, come to a border between blocks."""
 
     def __init__(self, guided: bool, tokens: int) -> None:
-        self.memory = _Memory()
+        self.memory = Memory()
         self._tokens = tokens
         self._guided = guided
         self._blocks: list[_Block] = []

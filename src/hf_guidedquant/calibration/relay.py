@@ -91,16 +91,20 @@ class Relay:
         """
         if self._guided and not self._states and len(self._waiting) == len(self._borders):
             for number in range(len(self._borders) - 1):
-                self._forward(number, {}, "Reading")
+                self._forward(number, {}, f"Reading {number + 1}/{len(self._borders) - 1}")
         walk = self._backward if self._guided else self._forward
         while (number := self._waiting.pop(0)) != segment:
-            walk(number, {}, "Calibrating")
-        walk(number, statistics, "Calibrating")
+            walk(number, {}, self._title())
+        walk(number, statistics, self._title())
         for layer in statistics.values():
             layer.add_up(self._workers)
         bad_losses = torch.tensor(sum(not valid for valid in self._valid), device=self._input_device)
         self._workers.add_up(bad_losses)
         check_bad_rows(int(bad_losses), statistics, self._total_rows)
+
+    def _title(self) -> str:
+        count = len(self._borders)
+        return f"Calibrating {count - len(self._waiting)}/{count}" if count > 1 else "Calibrating"
 
     def _forward(self, number: int, statistics: Mapping[str, LayerStatistics], title: str) -> None:
         """A segment without gradients; what leaves it is kept for the next."""
@@ -109,7 +113,7 @@ class Relay:
         with torch.no_grad(), self._only(start, stop):
             row = Row(torch.ones((), dtype=torch.bool, device=self._input_device))
             with watched(self._modules(statistics), statistics, row):
-                for index in self._progress(number, title):
+                for index in self._progress(title):
                     state = self._run(index, start)
                     left += [self._put_aside(state)] if stop < len(self._blocks) else []
         self._arrive()
@@ -131,7 +135,7 @@ class Relay:
                     repeatable_backward(self._input_device, lambda: self._run_back(0, start, stop, row))
                 )
             stack.enter_context(tapped(self._modules(statistics), statistics, row))
-            for index in self._progress(number, title):
+            for index in self._progress(title):
                 gradient = self._run_back(index, start, stop, row)
                 gradients += [] if gradient is None else [self._put_aside(gradient)]
                 if stop == len(self._blocks):
@@ -183,11 +187,9 @@ class Relay:
     def _modules(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, nn.Module]:
         return {name: self._model.get_submodule(name) for name in statistics}
 
-    def _progress(self, number: int, title: str) -> Iterator[int]:
+    def _progress(self, title: str) -> Iterator[int]:
         """Numbers of the rows, under a bar that counts tokens."""
-        count = len(self._borders)
-        which = f" {self.order.index(number) + 1}/{count}" if count > 1 else ""
-        with tqdm(total=sum(map(len, self._rows)), desc=title + which, unit="token", unit_scale=True) as bar:
+        with tqdm(total=sum(map(len, self._rows)), desc=title, unit="token", unit_scale=True) as bar:
             for index, row in enumerate(self._rows):
                 yield index
                 bar.update(row.numel())

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ class Footprint:
         self.pending = Counter[torch.device]()
         self._block_moved = [Counter[torch.device]() for _ in range(self.count)]
         self._hessians = [Counter[torch.device]() for _ in range(self.count)]
-        self._solver = [Counter[torch.device]() for _ in range(self.count)]
+        self._kinds = [Counter[tuple[torch.device, LayerPlan]]() for _ in range(self.count)]
         self._taps = [0] * self.count
         inside = {
             id(tensor): number
@@ -84,7 +84,7 @@ class Footprint:
             device = place(stored_weight(model.get_submodule(layer.name)).device)
             self.layers[number].append(layer)
             self._hessians[number][device] += layer.statistics_bytes
-            self._solver[number][device] = max(self._solver[number][device], layer.solver_bytes)
+            self._kinds[number][device, replace(layer, name="")] += 1
             # A layer's activations, scaled, and whether they are finite.
             self._taps[number] = max(self._taps[number], 8 * drawn.tokens * layer.in_features)
 
@@ -100,8 +100,18 @@ class Footprint:
             weights = self._moved[device] + sum(self._block_moved[k][device] for k in here)
             row = self.outline.row_bytes(here if self.outline.blocks else [])
             row += max(self._taps[k] for k in here)
-            found[device] += max(weights + row, *(self._solver[k][device] for k in here))
+            found[device] += max(weights + row, self._solver(here, device))
         return found
+
+    def _solver(self, blocks: Sequence[int], device: torch.device) -> int:
+        """Bytes that the largest batch of alike layers takes to be solved."""
+        kinds = sum((self._kinds[number] for number in blocks), Counter[tuple[torch.device, LayerPlan]]())
+        sizes = (
+            layer.solver_bytes(min(count, layer.batch_size(device)))
+            for (where, layer), count in kinds.items()
+            if where == device
+        )
+        return max(sizes, default=0)
 
 
 def place_for(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:

@@ -9,9 +9,9 @@ from . import kmeans, lnq, rtn
 from .base import Method, Solution, SolverSpec
 
 SOLVERS: dict[str, Method] = {
-    "lnq": Method(lnq.solve, statistics="hessian"),
-    "squeezellm": Method(kmeans.solve, statistics="diagonal"),
-    "rtn": Method(rtn.solve, statistics="none"),
+    "lnq": Method(lnq.solve, "hessian", lnq.memory),
+    "squeezellm": Method(kmeans.solve, "diagonal", kmeans.memory),
+    "rtn": Method(rtn.solve, "none", rtn.memory),
 }
 
 __all__ = ["SOLVERS", "Method", "Solution", "SolverSpec"]

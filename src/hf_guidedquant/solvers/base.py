@@ -49,10 +49,17 @@ class Solution:
 
 @dataclass(frozen=True)
 class Method:
-    """A solver and the statistics it needs: nothing, the diagonal of the Hessian ``[G, K]``, or all of it."""
+    """A solver, and what it needs.
+
+    Attributes:
+        solve: ``(weight [G, R, K], statistics, spec) -> Solution``.
+        statistics: Nothing, the diagonal of the Hessian ``[G, K]``, or all of it ``[G, K, K]``.
+        memory: ``(G, R, K) -> `` bytes in use at the worst moment, weights included, statistics not.
+    """
 
     solve: Callable[..., Solution]
     statistics: Literal["none", "diagonal", "hessian"]
+    memory: Callable[[int, int, int], int]
 
 
 def parts(length: int, cost: int) -> Iterator[slice]:

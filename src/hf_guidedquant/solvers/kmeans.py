@@ -26,6 +26,12 @@ def solve(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> Solution
     return Solution(codes, codebook.to(spec.codebook_dtype), {"kmeans": objective})
 
 
+def memory(groups: int, rows: int, inputs: int) -> int:
+    """Bytes at the worst moment, by what was measured: of a chunk, per row and per weight; and the weights."""
+    together = min(groups * rows, _rows_per_chunk(inputs))
+    return 8 * groups * rows * inputs + together * (53 * _RUNS**2 + 70 * inputs)
+
+
 def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[Tensor, Tensor]:
     """Codes uint8 ``[G, R, K]`` and ascending centroids ``[G, R, 2**bits]`` in weight's dtype, not yet rounded."""
     groups, rows, inputs = weight.shape
@@ -33,13 +39,17 @@ def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[
         diagonal = weight.new_ones(groups, inputs)
     importance = diagonal.unsqueeze(1).expand_as(weight).reshape(-1, inputs)
     flat = weight.reshape(-1, inputs)
-    step = max(1, _CHUNK // max(inputs, _RUNS**2))
+    step = _rows_per_chunk(inputs)
     centroids = [
         _cluster_rows(flat[i : i + step], importance[i : i + step], spec.levels, spec.kmeans_iterations)
         for i in range(0, flat.shape[0], step)
     ]
     codebook = torch.cat(centroids).to(weight.dtype).view(groups, rows, spec.levels)
     return nearest(codebook, weight), codebook
+
+
+def _rows_per_chunk(inputs: int) -> int:
+    return max(1, _CHUNK // max(inputs, _RUNS**2))
 
 
 def _cluster_rows(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> Tensor:

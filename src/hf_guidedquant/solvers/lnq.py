@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..triton_kernels import backend_for
+from . import kmeans
 from .base import Solution, SolverSpec, nearest, parts, round_codebook, sort_codebook
-from .kmeans import cluster
 from .products import PlainProduct, SplitProduct, has_tensor_cores
 
 # Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
@@ -54,7 +54,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
     dtype it is stored in and the codes are assigned once more, so that what is saved is stationary.
     """
     problem = _Problem(weight, hessian)
-    codes, codebook = cluster(weight, problem.diagonal, spec)
+    codes, codebook = kmeans.cluster(weight, problem.diagonal, spec)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
     best = start
     for _ in range(spec.lnq_iterations):
@@ -67,6 +67,12 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
         codebook=final.codebook.to(spec.codebook_dtype).contiguous(),
         objectives={"kmeans": start.objective, "lnq": final.objective},
     )
+
+
+def memory(groups: int, rows: int, inputs: int) -> int:
+    """Bytes at the worst moment: k-means, or what was measured per weight; and the Hessians once more, in pieces."""
+    solving = max(kmeans.memory(groups, rows, inputs), 36 * groups * rows * inputs)
+    return 6 * groups * inputs**2 + solving
 
 
 class _Problem:

@@ -6,6 +6,11 @@ from torch import Tensor
 from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
 
 
+def memory(groups: int, rows: int, inputs: int) -> int:
+    """Bytes at the worst moment."""
+    return 24 * groups * rows * inputs
+
+
 def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
     """Quantize ``weight [G, R, K]`` to ``2**bits`` evenly spaced values per row."""
     low, high = weight.aminmax(dim=-1, keepdim=True)

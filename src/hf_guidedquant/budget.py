@@ -85,7 +85,9 @@ def _diagonals(
     workers: Workers,
 ) -> dict[str, LayerStatistics]:
     drawn = outline_for(model, config, calibration)
-    segments = workers.tell(divide(Footprint(model, layers, drawn, place_for(config)), config), 0)
+    segments = workers.tell(
+        divide(Footprint(model, layers, drawn, place_for(config)), config, len(calibration.rows)), 0
+    )
     relay = relay_for(model, config, drawn, segments, calibration, workers)
     found: dict[str, LayerStatistics] = {}
     for number in relay.order:

@@ -103,7 +103,7 @@ def plan(
     with_data = any(layer.statistics != "none" for layer in decided.layers)
     drawn = outline(subject, tokens, config.guided, place) if with_data else Outline()
     footprint = Footprint(subject, decided.layers, drawn, place, home)
-    borders = [(segment.start, segment.stop) for segment in divide(footprint, config)]
+    borders = [(segment.start, segment.stop) for segment in divide(footprint, config, config.num_samples)]
     memory: Counter[torch.device] = Counter(footprint.resident)
     for start, stop in borders:
         for where, need in footprint(start, stop).items():

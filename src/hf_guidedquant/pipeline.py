@@ -170,7 +170,8 @@ def _begin(
     if run_folder is not None:
         identity = run_identity(model, fingerprint, config, layers_plan, calibration)
         started = run_folder.batches(identity, layers_plan)
-    segments = divide(footprint, config, started or ())
+    rows = 0 if calibration is None else len(calibration.rows)
+    segments = divide(footprint, config, rows, started or ())
     work = [list(batches(model, segment.layers, config.device)) for segment in segments]
     finished: dict[str, Finished] = {}
     if run_folder is not None:

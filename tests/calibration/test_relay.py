@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import tiny_model, token_rows
+from conftest import memory_for, tiny_model, token_rows
 from test_collector import linears
 
-from hf_guidedquant.calibration import LayerStatistics, Relay, outline
-from hf_guidedquant.errors import CalibrationError
+from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.calibration import Footprint, LayerStatistics, Relay, divide, outline
+from hf_guidedquant.errors import CalibrationError, ModelError
 from hf_guidedquant.linears import dense_weight
+from hf_guidedquant.plan import plan_layers
 
 
 def stay(device):
@@ -166,3 +168,12 @@ class TestOutline:
         model.model.norm.register_forward_hook(lambda module, args, output: output * output.sum().item())
         assert not outline(model, 16, True, stay).blocks
         assert "cannot be foretold" in caplog.text
+
+
+def test_hidden_states_that_do_not_fit_are_refused(monkeypatch):
+    model, config = tiny_model(blocks=4), GuidedQuantConfig(bits=2, device="cpu")
+    footprint = Footprint(model, plan_layers(model, config).layers, outline(model, 33, True, stay), stay)
+    config.max_memory = memory_for(model, config)
+    assert len(divide(footprint, config, rows=8)) == 4
+    with pytest.raises(ModelError, match=r"Between 4 segments, hidden states of \d+ rows .* Lower num_samples"):
+        divide(footprint, config, rows=10**12)

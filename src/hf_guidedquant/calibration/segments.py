@@ -141,17 +141,18 @@ def relay_for(
 
 
 def divide(
-    footprint: Footprint, config: GuidedQuantConfig, together: Iterable[Sequence[LayerPlan]] = ()
+    footprint: Footprint, config: GuidedQuantConfig, rows: int = 0, together: Iterable[Sequence[LayerPlan]] = ()
 ) -> list[Segment]:
     """As few segments as fit into the memory of every device.
 
     Args:
         footprint: What blocks take.
         config: ``max_memory`` limits what may be used.
+        rows: Calibration rows whose hidden states wait between segments.
         together: Layers that must not be divided.
 
     Raises:
-        ModelError: Not even one block fits.
+        ModelError: Not even one block fits, or what waits between the segments does not.
     """
     rooms = {device: _room(device, footprint, config) for device in footprint(0, footprint.count)}
     borders: list[tuple[int, int]] = []
@@ -161,6 +162,12 @@ def divide(
             continue
         borders.insert(0, (start, stop))
         _check(footprint, start, stop, rooms, config)
+    waiting, free = (len(borders) - 1) * rows * footprint.outline.border, free_memory(torch.device("cpu"))
+    if waiting > free:
+        raise ModelError(
+            f"Between {len(borders)} segments, hidden states of {rows} rows take {waiting / 2**30:.3g} GiB of CPU "
+            f"memory, and {free / 2**30:.3g} GiB are free. Lower num_samples, or use a GPU with more memory."
+        )
     if len(borders) > 1:
         logger.info("Memory allows for %s, so the model is calibrated in %d segments.", _room_text(rooms), len(borders))
     return [Segment(a, b, tuple(layer for block in footprint.layers[a:b] for layer in block)) for a, b in borders]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, token_rows
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from tokenizer import texts, word_tokenizer
@@ -20,6 +20,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli
 from hf_guidedquant.cli import main
 from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
@@ -204,14 +205,22 @@ def test_inspect_tells_what_was_saved_without_weights(capsys, quantized, monkeyp
     assert "guidedquant format 1.0" in table and "q_proj" in table and f"{told['bits_per_weight']:.3f}" in table
 
 
-def test_inspect_knows_methods_of_single_layers_and_shards(capsys, tmp_path):
-    config = GuidedQuantConfig(method="rtn", overrides={"*.down_proj": {"bits": 2}})
+def test_inspect_knows_settings_of_single_layers_and_shards(capsys, tmp_path):
+    overrides = {"*.down_proj": {"bits": 2}, "*.up_proj": {"method": "squeezellm"}}
+    config = GuidedQuantConfig(method="rtn", overrides=overrides, dataset=token_rows())
     hf_guidedquant.save(hf_guidedquant.quantize(tiny_model(), config), tmp_path / "out", max_shard_size="20KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     told = json.loads(printed(capsys, "inspect", str(tmp_path / "out"), "--verify", "--json"))
-    bits = {layer["name"].rpartition(".")[2]: layer["bits"] for layer in told["layers"]}
-    assert bits["down_proj"] == 2 and bits["up_proj"] == 4
+    kinds = {layer["name"].rpartition(".")[2]: (layer["bits"], layer["method"]) for layer in told["layers"]}
+    assert [kinds[name] for name in ("down_proj", "up_proj", "q_proj")] == [(2, "rtn"), (4, "squeezellm"), (4, "rtn")]
     assert told["files"] > 1 and told["verified"] is True
+
+
+def test_inspect_reads_every_architecture(any_model, tmp_path):
+    hf_guidedquant.quantize(any_model, GuidedQuantConfig(bits=3, method="rtn")).save_pretrained(tmp_path)
+    inspection = inspect(tmp_path, verify=True)
+    assert inspection.model == type(any_model).__name__
+    assert inspection.bits_per_weight == any_model.quantization_report.bits_per_weight
 
 
 def damage(folder, name, change):
@@ -248,31 +257,52 @@ def cut(folder):
     file.write_bytes(file.read_bytes()[:-8])
 
 
-def other_index(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text("[]")
+def index_of(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
 
 
-def other_class(folder):
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**settings, "architectures": ["pipeline"]}))
+def config_with(**changes):
+    def change(folder):
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+
+    return change
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
         (cut, "truncated"),
-        (other_index, "no readable index"),
-        (other_class, "no model class 'pipeline'"),
+        (index_of("[]"), "no readable index"),
+        (index_of('{"weight_map": {}}'), "names no files"),
+        (index_of('{"weight_map": {"x": "../x.safetensors"}}'), "outside the model's folder"),
+        (config_with(architectures=["pipeline"]), "no model class 'pipeline'"),
+        (config_with(architectures=5), "describes no model"),
+        (config_with(num_attention_heads=0), "describes no model"),
+        (config_with(num_hidden_layers="two"), "describes no model"),
+        (config_with(num_hidden_layers=3), "missing: model.layers.2"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "cannot be read"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "describes no model"),
     ],
 )
 def test_inspect_says_what_is_wrong_with_a_folder(capsys, copy, change, problem):
     change(copy)
     message = refused(capsys, "inspect", str(copy))
     assert message.startswith("CheckpointError: ") and problem in message
+
+
+def test_inspect_trusts_no_text_of_the_config(capsys, copy):
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    config_with(quantization_config={**settings, "provenance": {"base_model": "\x1b[2Jgone"}})(copy)
+    assert "base_model: [2Jgone\n" in printed(capsys, "inspect", str(copy))
+    modules = {name: {**module, "method": ["lnq"]} for name, module in settings["modules"].items()}
+    config_with(quantization_config={**settings, "modules": modules})(copy)
+    assert refused(capsys, "inspect", str(copy)).startswith("ConfigError: ")
 
 
 def test_inspect_refuses_what_is_not_ours(capsys, dense):

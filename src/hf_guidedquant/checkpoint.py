@@ -46,9 +46,12 @@ def weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}. Download the model again.")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
+        files = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index.name} is no readable index of weights. Download it again.") from error
+    if not files:
+        raise CheckpointError(f"{index.name} names no files. Download it again.")
+    return files
 
 
 def check_files(files: Iterable[str | os.PathLike], origin: str) -> None:

@@ -8,14 +8,27 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoint import check_tensors, read_headers, weight_files
-from .config import QUANT_METHOD, GuidedQuantConfig
+from .config import QUANT_METHOD, GuidedQuantConfig, check_method
 from .errors import CheckpointError
 from .nn import quantized_modules
 from .quantizer import GuidedQuantizer
 from .report import align, megabytes
+
+# What reading a config, and building a model by it, ends with if it holds nonsense.
+_CONFIG_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Inspection:
             f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight: {megabytes(quantized)} of "
             f"{megabytes(self.nbytes)} in {self.files} file{'s' if self.files > 1 else ''}",
         ]
-        lines += [f"{name}: {value}" for name, value in self.settings["provenance"].items()]
+        # From a file that anybody may have written: no control sequences for the terminal.
+        lines += ["".join(filter(str.isprintable, f"{k}: {v}")) for k, v in self.settings["provenance"].items()]
         if self.verified:
             lines.append("verified: all tensors are there, of the right shapes and dtypes, and finite")
         return "\n".join(lines)
@@ -110,7 +124,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
             module.out_features,
             module.in_features,
             module.bits,
-            method=config.modules[name].get("method", config.method),
+            method=_method(name, config),
             lut_dtype=str(module.lut.dtype).removeprefix("torch."),
             nbytes=module.weight.nbytes + module.lut.nbytes,
         )
@@ -121,15 +135,24 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     return Inspection(type(model).__name__, layers, nbytes, len(files), settings, verify)
 
 
+def _method(name: str, config: GuidedQuantConfig) -> str:
+    method = config.modules[name].get("method", config.method)
+    check_method(f"modules[{name!r}]['method']", method)
+    return method
+
+
 def _empty_model(folder: Path) -> Any:
     """The model on the meta device, of the class that was saved: its names are then those in the files."""
+    file = folder / "config.json"
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {error}") from error
-    name = (config.architectures or [""])[0]
-    architecture = getattr(transformers, name, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
-        raise CheckpointError(f"Transformers has no model class {name!r}, which {folder / 'config.json'} asks for.")
-    with torch.device("meta"):
-        return architecture(config)
+        name = str(next(iter(config.architectures or ()), None))
+        architecture = getattr(transformers, name, None)
+        if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
+            raise CheckpointError(f"Transformers has no model class {name!r}, which {file} asks for.")
+        with torch.device("meta"):
+            return architecture(config)
+    except _CONFIG_ERRORS as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} describes no model: {error}") from error

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import memory_for, tiny_model
 from transformers import AutoModelForCausalLM
 
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.triton_kernels import unpack_codes
 from hf_guidedquant.workers import Workers
 
@@ -126,10 +129,15 @@ def quantized_by(processes, tmp_path, method="lnq", **extra):
     return folder, [torch.load(folder / f"state{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("method", ["lnq", "squeezellm"])
-def test_two_processes_quantize_as_one(method, tmp_path):
-    _, (alone,) = quantized_by(1, tmp_path, method)
-    folder, states = quantized_by(2, tmp_path, method)
+@pytest.mark.parametrize(("method", "segments"), [("lnq", 1), ("lnq", 2), ("squeezellm", 1)])
+def test_two_processes_quantize_as_one(method, segments, tmp_path):
+    extra = {}
+    if segments == 2:
+        config = GuidedQuantConfig(bits=3, num_groups=2, method=method, seq_len=33)
+        config.max_memory = extra["max_memory"] = 1.01 * memory_for(tiny_model(), config)
+        assert hf_guidedquant.plan(tiny_model(), config, probe=False).segments == 2
+    _, (alone,) = quantized_by(1, tmp_path, method, **extra)
+    folder, states = quantized_by(2, tmp_path, method, **extra)
     weights = different = 0
     for name, tensor in alone.items():
         assert torch.equal(states[0][name], states[1][name]), name

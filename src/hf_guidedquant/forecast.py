@@ -16,7 +16,7 @@ from .config import GuidedQuantConfig
 from .errors import ModelError
 from .linears import tensors_of
 from .plan import LayerPlan, Plan, plan_layers
-from .report import align, megabytes
+from .report import align, sizes
 from .resources import compute_device, reproducible, total_memory
 from .solvers import SOLVERS, SolverSpec
 from .solvers.hessian import condition
@@ -55,11 +55,7 @@ class Forecast(Plan):
         for reason in self.skipped.values():
             reasons[reason] = reasons.get(reason, 0) + 1
         lines += [f"{count} left alone: {reason}" for reason, count in reasons.items()]
-        lines.append(
-            f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; whole model "
-            f"{megabytes(self.dense_bytes)} -> {megabytes(self.quantized_bytes)} "
-            f"({self.dense_bytes / self.quantized_bytes:.2f}x smaller)"
-        )
+        lines.append(sizes(self))
         peaks = ", ".join(f"{size / 2**30:.2f} GiB on {device}" for device, size in self.memory.items())
         lines.append(f"memory: {peaks}; {self.segments} segment{'s' if self.segments > 1 else ''}")
         if self.seconds:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .config import GuidedQuantConfig
 from .distill import DistillReport
-from .plan import LayerPlan
+from .plan import LayerPlan, Plan
 from .solvers import SOLVERS
 
 REPORT_FILE = "guidedquant_report.json"
@@ -101,11 +101,7 @@ class Report:
             means = [_mean([m.objectives[s] for m in members if s in m.objectives]) for s in stages]
             rows.append([name, str(len(members)), f"{out} x {inp}", str(bits), method, *means])
         lines = align(rows)
-        lines.append(
-            f"{len(self.layers)} layers at {self.bits_per_weight:.3f} bits per weight; whole model "
-            f"{megabytes(self.dense_bytes)} -> {megabytes(self.quantized_bytes)} "
-            f"({self.dense_bytes / self.quantized_bytes:.2f}x smaller)"
-        )
+        lines.append(sizes(self))
         repaired = [
             f"{len([x for x in self.layers if test(x)])} {what}"
             for what, test in _REPAIRS.items()
@@ -131,8 +127,16 @@ def _mean(values: list[float]) -> str:
     return f"{sum(values) / len(values):.5f}" if values else ""
 
 
-def megabytes(size: float) -> str:
-    """A size for people."""
+def sizes(of: "Report | Plan") -> str:
+    """Bits per weight and the size of the model, before and after, in a line."""
+    return (
+        f"{len(of.layers)} layers at {of.bits_per_weight:.3f} bits per weight; whole model "
+        f"{_megabytes(of.dense_bytes)} -> {_megabytes(of.quantized_bytes)} "
+        f"({of.dense_bytes / of.quantized_bytes:.2f}x smaller)"
+    )
+
+
+def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -190,7 +194,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
     if report is not None:
         lines += [
             f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
-            f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
+            f"| size | {_megabytes(report.quantized_bytes)} (before: {_megabytes(report.dense_bytes)}) |",
         ]
         if report.distillation is not None:
             lines.append(f"| distilled | {report.distillation.describe()} |")

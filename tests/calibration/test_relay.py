@@ -7,6 +7,7 @@ from test_collector import linears
 
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import Footprint, LayerStatistics, Relay, divide, outline
+from hf_guidedquant.calibration import gather as gather_segment
 from hf_guidedquant.errors import CalibrationError, ModelError
 from hf_guidedquant.linears import dense_weight
 from hf_guidedquant.plan import plan_layers
@@ -73,7 +74,7 @@ def test_a_block_runs_once_to_be_read_and_once_to_be_calibrated(rows):
     relay = relay_of(model, rows[:1], [(0, 1), (1, 2), (2, 3)])
     runs.clear()
     for number in relay.order:
-        relay.collect(number, statistics_of(model, relay._outline, number, number + 1))
+        relay.collect(number, statistics_of(model, relay.outline, number, number + 1))
     assert runs == [0, 1, 2, 1, 0]
 
 
@@ -86,7 +87,7 @@ def test_bad_rows_are_left_out_of_every_segment():
     # Behind the last block: it runs when the last segment is calibrated, and at no other time.
     model.model.norm.register_forward_hook(lambda m, a, output: output * float("inf") if next(calls) == 7 else output)
     for number in relay.order:
-        statistics = statistics_of(model, relay._outline, *borders[number])
+        statistics = statistics_of(model, relay.outline, *borders[number])
         relay.collect(number, statistics)
         for name, layer in statistics.items():
             assert layer.bad_rows == 1
@@ -98,7 +99,7 @@ def test_too_many_bad_rows_abort_the_first_segment(rows):
     relay = relay_of(model, rows, [(0, 1), (1, 2)])
     model.model.norm.register_forward_hook(lambda module, args, output: output * float("nan"))
     with pytest.raises(CalibrationError, match="8 of 8 calibration rows gave NaN or infinity in the loss"):
-        relay.collect(1, statistics_of(model, relay._outline, 1, 2))
+        relay.collect(1, statistics_of(model, relay.outline, 1, 2))
 
 
 def test_the_model_is_left_as_it_was(rows):
@@ -111,7 +112,7 @@ def test_the_model_is_left_as_it_was(rows):
     own = [dict(module.__dict__) for module in model.modules()]
     with torch.no_grad():
         for number in relay.order:
-            relay.collect(number, statistics_of(model, relay._outline, number, number + 1))
+            relay.collect(number, statistics_of(model, relay.outline, number, number + 1))
     assert {name: (p.requires_grad, p.grad, p.data_ptr()) for name, p in model.named_parameters()} == before
     assert [module.training for module in model.modules()] == modes
     assert [module.__dict__.keys() for module in model.modules()] == [attributes.keys() for attributes in own]
@@ -177,3 +178,26 @@ def test_hidden_states_that_do_not_fit_are_refused(monkeypatch):
     assert len(divide(footprint, config, rows=8)) == 4
     with pytest.raises(ModelError, match=r"Between 4 segments, hidden states of \d+ rows .* Lower num_samples"):
         divide(footprint, config, rows=10**12)
+
+
+def test_layers_that_read_the_same_share_a_hessian_without_gradients(rows):
+    model, config = tiny_model(), GuidedQuantConfig(bits=2, dataset=rows, guided=False)
+    drawn = outline(model, rows[0].numel(), False, stay)
+    layer = "model.layers.1."
+    assert {name: twin for name, twin in drawn.twins.items() if name.startswith(layer)} == {
+        f"{layer}self_attn.k_proj": f"{layer}self_attn.q_proj",
+        f"{layer}self_attn.v_proj": f"{layer}self_attn.q_proj",
+        f"{layer}mlp.up_proj": f"{layer}mlp.gate_proj",
+    }
+    assert not outline(model, rows[0].numel(), True, stay).twins
+    layers = plan_layers(model, config).layers
+    footprint = Footprint(model, layers, drawn, stay)
+    relay = Relay(model, drawn, [(0, 2)], rows, guided=False)
+    found = gather_segment(model, relay, 0, layers, config)
+    assert len({id(statistics) for statistics in found.values()}) == 8
+    distinct = {id(statistics): statistics.hessian.nbytes for statistics in found.values()}
+    assert footprint.hessians(0, 2)[torch.device("cpu")] == sum(distinct.values())
+    everything = gather(model, rows, [(0, 2)], guided=False)
+    for name, statistics in found.items():
+        # Two groups there, which are equal without gradients.
+        assert torch.equal(statistics.hessian[0], everything[name][1]), name

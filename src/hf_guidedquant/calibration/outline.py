@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import GuidedQuantError
+from ..linears import is_linear
 from ..running import evaluating
 from .collector import end_loss, gradients_of_activations_only
 
@@ -43,6 +44,8 @@ class Outline:
         outputs: Of every block: None if it gives a tensor, the length if a tuple, of which the first are the states.
         places: Name of a module -> number of the block that it runs in. What runs before the blocks counts to the
             first, what runs after them to the last.
+        twins: Linear module -> an earlier one that reads the very same activations, as q, k and v do. Only without a
+            backward pass: where no gradient weighs the tokens, their Hessians are the same too.
         tokens: Length of the row.
         before: Bytes that are there when the first block starts.
         border: Bytes of the hidden states that enter a block.
@@ -55,6 +58,7 @@ class Outline:
     blocks: tuple[str, ...] = ()
     outputs: tuple[int | None, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
+    twins: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     before: int = 0
     border: int = 0
@@ -208,6 +212,9 @@ class _Watch:
         self._guided = guided
         self._blocks: list[_Block] = []
         self._places: dict[str, int] = {}
+        self._twins: dict[str, str] = {}
+        # Activations that linear modules have read, and in which state.
+        self._read: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._after = 0
         self._apart = True  # nothing but hidden states leads from block to block
 
@@ -226,8 +233,17 @@ class _Watch:
     def _runs(self, name: str) -> Callable[..., None]:
         def runs(module: nn.Module, args: tuple) -> None:
             self._places[name] = max(0, len(self._blocks) - 1)
+            if not self._guided and is_linear(module):
+                self._reads(name, args[0])
 
         return runs
+
+    def _reads(self, name: str, activations: Tensor) -> None:
+        for tensor, version, other in self._read:
+            if tensor() is activations and version == activations._version:
+                self._twins[name] = other
+                return
+        self._read.append((weakref.ref(activations), activations._version, name))
 
     def _starts(self, name: str) -> Callable[..., None]:
         def starts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -275,6 +291,7 @@ class _Watch:
             blocks=tuple(block.name for block in blocks),
             outputs=tuple(block.output for block in blocks),
             places=self._places,
+            twins=self._twins,
             tokens=self._tokens,
             before=blocks[0].start,
             border=max(block.states for block in blocks),

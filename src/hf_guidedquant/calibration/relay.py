@@ -55,7 +55,8 @@ class Relay:
         place: Callable[[torch.device], torch.device] = lambda device: device,
         workers: Workers | None = None,
     ) -> None:
-        self._model, self._outline, self._guided, self._place = model, outline, guided, place
+        self.outline = outline
+        self._model, self._guided, self._place = model, guided, place
         self._borders = list(borders)
         self._workers = workers or Workers()
         self._total_rows = len(rows)
@@ -200,7 +201,7 @@ class Relay:
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._model))
             stack.enter_context(self._weights_in_place(start, stop))
-            for block, outputs in zip(self._blocks[:start], self._outline.outputs, strict=False):
+            for block, outputs in zip(self._blocks[:start], self.outline.outputs, strict=False):
                 stack.enter_context(_passed_over(block, outputs))
             if start > 0:
                 stack.callback(self._blocks[start].register_forward_pre_hook(self._enter, with_kwargs=True).remove)

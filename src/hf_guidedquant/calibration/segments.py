@@ -49,7 +49,7 @@ class Footprint:
     def __init__(
         self,
         model: PreTrainedModel,
-        layers: Iterable[LayerPlan],
+        layers: Sequence[LayerPlan],
         drawn: Outline,
         place: Callable[[torch.device], torch.device],
         home: Callable[[torch.device], torch.device] = lambda device: device,
@@ -71,6 +71,7 @@ class Footprint:
             for tensor in tensors_of(model.get_submodule(name))
         }
         self._homes = [set[torch.device]() for _ in range(self.count)]
+        planned = {layer.name: layer for layer in layers}
         for tensor in tensors_of(model):
             device, number = place(tensor.device), inside.get(id(tensor))
             if device == home(tensor.device):
@@ -83,7 +84,8 @@ class Footprint:
             number = drawn.places.get(layer.name, 0)
             device = place(stored_weight(model.get_submodule(layer.name)).device)
             self.layers[number].append(layer)
-            self._hessians[number][device] += layer.statistics_bytes
+            if not _has_twin(layer, planned, drawn):
+                self._hessians[number][device] += layer.statistics_bytes
             self._kinds[number][device, replace(layer, name="")] += 1
             # A layer's activations, scaled, and whether they are finite.
             self._taps[number] = max(self._taps[number], 8 * drawn.tokens * layer.in_features)
@@ -112,6 +114,12 @@ class Footprint:
             if where == device
         )
         return max(sizes, default=0)
+
+
+def _has_twin(layer: LayerPlan, others: Mapping[str, LayerPlan], drawn: Outline) -> bool:
+    """Whether one of the others has the very same statistics."""
+    twin = others.get(drawn.twins.get(layer.name, ""))
+    return twin is not None and twin.statistics == layer.statistics
 
 
 def place_for(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:
@@ -250,24 +258,27 @@ def gather(
         for layer in layers
     }
     wanted = {layer.name: layer for layer in layers if layer.statistics != "none"}
+    for_any_method = config.statistics is not None
+
+    def empty(name: str) -> LayerStatistics:
+        return LayerStatistics.empty(wanted[name].statistics_shape, devices[name], for_any_method)
+
     found: dict[str, LayerStatistics] = {}
     if store is not None:
         loaded = {name: store.load(layer, devices[name]) for name, layer in wanted.items()}
         found = {name: kept for name, kept in loaded.items() if kept is not None}
-    for_any_method = config.statistics is not None
-    statistics = {
-        name: LayerStatistics.empty(layer.statistics_shape, devices[name], for_any_method)
-        for name, layer in wanted.items()
-        if name not in found
-    }
     for name in workers.tell(list(found), 0):
-        kept = found.setdefault(name, statistics.get(name))  # type: ignore[arg-type]
-        statistics.pop(name, None)
+        if name not in found:
+            found[name] = empty(name)
+        kept = found[name]
         workers.hand_over(kept.hessian, 0)
         workers.hand_over(kept.bad_rows, 0)
-    if statistics:
-        relay.collect(number, statistics)
-    if store is not None:
-        for name, collected in statistics.items():
-            store.save(name, collected)
-    return found | statistics
+    missing = {name: layer for name, layer in wanted.items() if name not in found}
+    collected = {name: empty(name) for name, layer in missing.items() if not _has_twin(layer, missing, relay.outline)}
+    if collected:
+        relay.collect(number, collected)
+    for name in missing:
+        found[name] = collected[name] if name in collected else collected[relay.outline.twins[name]]
+        if store is not None:
+            store.save(name, found[name])
+    return found

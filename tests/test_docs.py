@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant import GuidedQuantConfig, cli
 
 ROOT = Path(__file__).parent.parent
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -20,6 +20,14 @@ def test_snippets_name_only_what_exists(snippet):
             assert hasattr(hf_guidedquant, node.attr)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "GuidedQuantConfig":
             GuidedQuantConfig(**{keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords})
+
+
+def test_commands_are_valid():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python -m hf_guidedquant (.+)$", readme, re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        cli._parser("").parse_args(command.split())
 
 
 def test_the_settings_table_gives_the_real_defaults():

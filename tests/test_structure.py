@@ -43,6 +43,9 @@ ROOMS = [
     "run_folder",
     "pipeline",
     "quantizer",
+    "inspection",
+    "cli",
+    "__main__",
 ]
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import CheckpointError, OutputFolderError, listed
 from .formats.lut import TensorSpec
@@ -29,6 +31,27 @@ _DTYPES = {
 # A header larger than this is not one of a checkpoint (the safetensors limit).
 _MAX_HEADER = 100_000_000
 _SHOWN = 6
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a saved model's weights: one, or those that an index names.
+
+    Raises:
+        CheckpointError: There is neither, or the index cannot be read.
+    """
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}. Download the model again.")
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index.name} is no readable index of weights. Download it again.") from error
+    if not files:
+        raise CheckpointError(f"{index.name} names no files. Download it again.")
+    return files
 
 
 def check_files(files: Iterable[str | os.PathLike], origin: str) -> None:
@@ -165,6 +188,26 @@ def check_codebooks(model: nn.Module) -> None:
                 bad.append(name)
     if bad:
         raise CheckpointError(f"NaN or infinite codebook or bias in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
+
+
+def check_tensors(files: Iterable[str | os.PathLike]) -> None:
+    """Read every tensor in safetensors files, one at a time, and refuse NaN and infinity.
+
+    Raises:
+        CheckpointError: Naming the tensors, or the file that cannot be read.
+    """
+    bad = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  # no mapping, it only has this method
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        bad.append(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{os.path.basename(file)} cannot be read: {error}. Download it again.") from error
+    if bad:
+        raise CheckpointError(f"NaN or infinite values in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .calibration import Footprint, Outline, divide, outline
 from .config import GuidedQuantConfig
+from .errors import ModelError
 from .linears import tensors_of
 from .plan import LayerPlan, Plan, plan_layers
 from .report import align, sizes
@@ -80,7 +81,7 @@ def plan(
     Raises:
         ConfigError: An override or exclusion matches no module.
         NoLinearLayersError: Nothing is left to quantize.
-        ModelError: The memory is too small, whatever is done.
+        ModelError: The name is no model's, or the memory is too small, whatever is done.
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     decided = plan_layers(subject, config)
@@ -128,7 +129,10 @@ def plan(
 
 def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:
     """The model on the meta device, in the dtype that it is saved in."""
-    config = AutoConfig.from_pretrained(name, **kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+    except ValueError as error:
+        raise ModelError(f"{name} is no model that Transformers knows: {error}") from error
     trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=config.get_text_config().dtype or torch.float32, **trust)

@@ -131,12 +131,13 @@ def sizes(of: "Report | Plan") -> str:
     """Bits per weight and the size of the model, before and after, in a line."""
     return (
         f"{len(of.layers)} layers at {of.bits_per_weight:.3f} bits per weight; whole model "
-        f"{_megabytes(of.dense_bytes)} -> {_megabytes(of.quantized_bytes)} "
+        f"{megabytes(of.dense_bytes)} -> {megabytes(of.quantized_bytes)} "
         f"({of.dense_bytes / of.quantized_bytes:.2f}x smaller)"
     )
 
 
-def _megabytes(size: float) -> str:
+def megabytes(size: float) -> str:
+    """A size for people."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -194,7 +195,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
     if report is not None:
         lines += [
             f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
-            f"| size | {_megabytes(report.quantized_bytes)} (before: {_megabytes(report.dense_bytes)}) |",
+            f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
         ]
         if report.distillation is not None:
             lines.append(f"| distilled | {report.distillation.describe()} |")

@@ -1,0 +1,222 @@
+"""The command line: ``python -m hf_guidedquant COMMAND ...``, with Optimum also ``optimum-cli guidedquant ...``."""
+
+import argparse
+import inspect as introspection
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from .checkpoint import check_output_folder, save
+from .config import METHODS, GuidedQuantConfig
+from .errors import GuidedQuantError, TokenizerMissingError
+from .evaluate import perplexity, token_ids
+from .forecast import plan
+from .inspection import inspect
+from .nn import cache_dequantized
+
+_PROGRAM = "python -m hf_guidedquant"
+_INTERRUPTED = 130
+# Fields of GuidedQuantConfig that are options, in the order of the help.
+_PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device")
+_QUANTIZE_FIELDS = (*_PLAN_FIELDS, "dataset", "seed", "distill", "run_dir", "statistics")
+# What the class takes, but a command line cannot be given, is left out.
+_TEXTS = {"dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", or the path of a text file.'}
+_CONTEXT = introspection.signature(perplexity).parameters["context"].default
+
+
+def main(arguments: Sequence[str] | None = None, program: str = _PROGRAM) -> int:
+    """Run a command.
+
+    Args:
+        arguments: What stands after the program's name. Default: this process's own.
+        program: What the help calls the program.
+
+    Returns:
+        The exit code: 0 if all went well, 1 after an error (its message is on stderr), 130 after Ctrl-C. Wrong usage
+        raises ``SystemExit(2)``, as argparse does.
+    """
+    options = _parser(program).parse_args(arguments)
+    try:
+        options.run(options)
+    except (GuidedQuantError, OSError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """Say what quantizing a model will do and take: layers, sizes, memory and time. Only its config is fetched."""
+    forecast = plan(options.model, _config(options, _PLAN_FIELDS), probe=options.probe)
+    _show(options, {**asdict(forecast), "bits_per_weight": forecast.bits_per_weight}, forecast.table())
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    """Quantize a model, and save it with its tokenizer in a new folder."""
+    check_output_folder(options.out)
+    config = _config(options, _QUANTIZE_FIELDS)
+    tokenizer = _tokenizer(options.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
+    )
+    folder = save(model, options.out, tokenizer)
+    if options.push_to_hub:
+        model.push_to_hub(options.push_to_hub)
+        tokenizer.push_to_hub(options.push_to_hub)
+    # Without --json the log has shown the report.
+    _show(options, model.quantization_report.to_dict(), f"Saved in {folder}.")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Measure a model's perplexity on a text: non-overlapping windows, each read by itself."""
+    text = Path(options.text).read_text(encoding="utf-8")
+    tokenizer = _tokenizer(options.model)
+    ids = token_ids(tokenizer, text)
+    result = perplexity(_load(options), tokenizer, ids, options.context)
+    found = {"perplexity": result, "tokens": ids.numel(), "context": options.context}
+    _show(options, found, f"perplexity {result:.4f} on {ids.numel():,} tokens, context {options.context}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Say what a saved model is, and check names, shapes and dtypes in its files. No weight is loaded."""
+    inspection = inspect(options.folder, options.verify)
+    _show(options, inspection.to_dict(), inspection.table())
+
+
+def _chat(options: argparse.Namespace) -> None:
+    """Talk to a model. /exit, or the end of the input, ends it."""
+    tokenizer = _tokenizer(options.model)
+    model = _load(options)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    prompt = "> " if sys.stdin.isatty() else ""
+    _write(prompt)
+    for line in sys.stdin:
+        said = line.strip()
+        if said == "/exit":
+            break
+        if said:
+            messages.append({"role": "user", "content": said})
+            text = said
+            if tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            # A template writes the special tokens itself.
+            inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
+            output = model.generate(**inputs.to(model.device), max_new_tokens=options.max_new_tokens, streamer=streamer)
+            reply = output[0, inputs["input_ids"].shape[1] :]
+            messages.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
+        _write(prompt)
+
+
+def _config(options: argparse.Namespace, names: Sequence[str]) -> GuidedQuantConfig:
+    return GuidedQuantConfig(**{name: getattr(options, name) for name in names})
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
+
+
+def _load(options: argparse.Namespace) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+    cache_dequantized(model, model.device.type == "cpu" and not options.lean)
+    return model
+
+
+def _show(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    _write((json.dumps(result, indent=1) if options.json else text) + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(program, description="2-4 bit language models for Hugging Face Transformers.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], None], example: str) -> argparse.ArgumentParser:
+        name = run.__name__.removeprefix("_")
+        about = introspection.getdoc(run) or ""
+        added = commands.add_parser(
+            name,
+            help=about.partition(". ")[0].rstrip("."),
+            description=about,
+            epilog=f"example:\n  {program} {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    planning = command(_plan, "meta-llama/Llama-3.1-8B-Instruct --bits 2 --max-memory 24")
+    planning.add_argument("model", help="name or folder of the model")
+    _add_settings(planning, _PLAN_FIELDS)
+    planning.add_argument("--no-probe", dest="probe", action="store_false", help="do not measure this machine")
+    quantizing = command(_quantize, "HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-3bit --bits 3")
+    quantizing.add_argument("model", help="name or folder of the full-precision model")
+    quantizing.add_argument("out", help="folder to save to; must be empty, or not exist")
+    _add_settings(quantizing, _QUANTIZE_FIELDS)
+    _add_loading(quantizing)
+    quantizing.add_argument("--push-to-hub", metavar="REPO", help="also upload to this repository of the Hub")
+    evaluating = command(_evaluate, "SmolLM2-3bit --text held_out.txt --context 512")
+    evaluating.add_argument("model", help="name or folder of a model, quantized or not")
+    evaluating.add_argument("--text", required=True, metavar="FILE", help="text file to read (UTF-8)")
+    evaluating.add_argument("--context", type=int, default=_CONTEXT, help="tokens per window (default: %(default)s)")
+    inspecting = command(_inspect, "SmolLM2-3bit --verify")
+    inspecting.add_argument("folder", help="folder of a quantized model")
+    inspecting.add_argument("--verify", action="store_true", help="read all tensors, and look for NaN and infinity")
+    chatting = command(_chat, "SmolLM2-3bit")
+    chatting.add_argument("model", help="name or folder of a model, quantized or not")
+    chatting.add_argument(
+        "--max-new-tokens", type=int, default=512, help="longest reply, in tokens (default: %(default)s)"
+    )
+    for loading in (evaluating, chatting):
+        _add_loading(loading)
+        loading.add_argument("--lean", action="store_true", help="on a CPU: no dense copies of the weights; slow")
+    for reporting in (planning, quantizing, evaluating, inspecting):
+        reporting.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    """What ``from_pretrained`` takes."""
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of what is not quantized; auto: as saved")
+    parser.add_argument("--device-map", default="auto", help="auto, cpu, cuda:1, ... (default: %(default)s)")
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Fields of :class:`GuidedQuantConfig` as options: its names, types, defaults and first sentences."""
+    known = {field.name: field for field in fields(GuidedQuantConfig)}
+    documented = re.findall(r"^    (\w+): (.+(?:\n     +.+)*)", introspection.getdoc(GuidedQuantConfig) or "", re.M)
+    sentences = {name: re.split(r"(?<=\.)(?<!e\.g\.)\s+", text)[0] for name, text in documented} | _TEXTS
+    for name in names:
+        field = known[name]
+        kinds = typing.get_args(field.type) or (field.type,)
+        about = " ".join(sentences.get(name, "").replace("``", "").replace("%", "%%").split())
+        if field.default is not None:
+            about += " (default: %(default)s)"
+        parse: dict[str, Any] = {"type": _number if float in kinds else int if int in kinds else str}
+        if bool in kinds:
+            parse = {"action": argparse.BooleanOptionalAction}
+        elif name == "method":
+            parse = {"choices": METHODS}
+        parser.add_argument("--" + name.replace("_", "-"), default=field.default, help=about, **parse)
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)

@@ -1,0 +1,421 @@
+"""The command line: what its commands print, and its exit codes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model, token_rows
+from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tokenizer import texts, word_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+
+import hf_guidedquant
+from hf_guidedquant import GuidedQuantConfig, cli
+from hf_guidedquant.cli import main
+from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.inspection import inspect
+from hf_guidedquant.nn import quantized_modules
+
+SOURCE = Path(hf_guidedquant.__file__).parent.parent
+COMMANDS = ["plan", "quantize", "evaluate", "inspect", "chat"]
+QUICK = ["--method", "squeezellm", "--num-samples", "4", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(texts()), encoding="utf-8")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    tiny_model().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def quantized(dense, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    assert main(["quantize", dense, str(folder), "--bits", "3", "--dataset", text, *QUICK]) == 0
+    return str(folder)
+
+
+def printed(capsys, *arguments):
+    """What a command that must succeed prints."""
+    capsys.readouterr()
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *arguments):
+    """The message of a command that must fail with an error."""
+    capsys.readouterr()
+    assert main(arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+def run(*arguments, program=("-m", "hf_guidedquant"), **options):
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def help_of(capsys, command):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command():
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [
+        line.split()[0] for line in done.stdout.splitlines() if line.startswith("    ") and line[4] != " "
+    ] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_of_the_help_is_valid(command, capsys):
+    example = help_of(capsys, command).partition("example:\n")[2].split()
+    assert example[:4] == ["python", "-m", "hf_guidedquant", command]
+    assert cli._parser("").parse_args(example[3:]).run is getattr(cli, f"_{command}")
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_settings_are_those_of_the_config(command):
+    arguments = {"plan": ["plan", "MODEL"], "quantize": ["quantize", "MODEL", "OUT"]}[command]
+    options = vars(cli._parser("").parse_args(arguments))
+    config = GuidedQuantConfig()
+    shared = {field.name for field in fields(config)} & options.keys()
+    assert {"bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device"} <= shared
+    assert {name: options[name] for name in shared} == {name: getattr(config, name) for name in shared}
+    assert cli._config(cli._parser("").parse_args(arguments), sorted(shared)) == config
+
+
+def test_settings_reach_the_config():
+    given = "--bits 2.5 --no-guided --num-groups 3 --max-memory 1.5 --device cpu --distill --run-dir R --statistics S"
+    options = cli._parser("").parse_args(["quantize", "MODEL", "OUT", *given.split()])
+    names = ("bits", "guided", "num_groups", "max_memory", "device", "distill", "run_dir", "statistics")
+    assert [getattr(options, name) for name in names] == [2.5, False, 3, 1.5, "cpu", True, "R", "S"]
+    assert isinstance(cli._parser("").parse_args(["plan", "MODEL", "--bits", "3"]).bits, int)
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_every_setting_is_explained(command, capsys):
+    page = help_of(capsys, command)
+    assert "Bits per weight, 1-8. (default: 4)" in page
+    for line, after in zip(page.splitlines(), page.splitlines()[1:], strict=False):
+        if line.startswith("  --"):
+            assert len(line.split("  ")) > 2 or after.startswith(" " * 20), line
+
+
+def test_plan(capsys, dense):
+    arguments = ["plan", dense, "--bits", "2", "--num-groups", "3", "--seq-len", "32", "--no-probe"]
+    forecast = hf_guidedquant.plan(dense, GuidedQuantConfig(bits=2, num_groups=3, seq_len=32), probe=False)
+    assert printed(capsys, *arguments) == forecast.table() + "\n"
+    told = json.loads(printed(capsys, *arguments, "--json"))
+    assert told["quantized_bytes"] == forecast.quantized_bytes
+    assert told["bits_per_weight"] == forecast.bits_per_weight
+    assert [layer["name"] for layer in told["layers"]] == [layer.name for layer in forecast.layers]
+    assert told["seconds"] == {}
+
+
+def test_plan_probes_unless_told_not_to(capsys, dense):
+    told = json.loads(printed(capsys, "plan", dense, "--method", "rtn", "--seq-len", "32", "--json"))
+    assert told["seconds"]["solving"] > 0
+
+
+def test_quantize_gives_what_the_library_gives(dense, text, quantized, tmp_path):
+    config = GuidedQuantConfig(bits=3, method="squeezellm", dataset=text, num_samples=4, seq_len=32)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
+    hf_guidedquant.save(model, tmp_path / "model", AutoTokenizer.from_pretrained(dense))
+    assert {file.name for file in Path(quantized).iterdir()} == {file.name for file in (tmp_path / "model").iterdir()}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path(quantized, name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
+
+
+def test_quantize_prints_its_report(capsys, dense, tmp_path):
+    out = tmp_path / "out"
+    told = json.loads(printed(capsys, "quantize", dense, str(out), "--method", "rtn", "--dtype", "bfloat16", "--json"))
+    assert told == json.loads((out / "guidedquant_report.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_a_filled_output_folder_is_refused_before_any_work(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    message = refused(capsys, "quantize", "no model of this name", str(tmp_path))
+    assert message.startswith("OutputFolderError: ") and str(tmp_path) in message
+
+
+def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
+    with HubServer() as hub:
+        arguments = ["quantize", dense, str(tmp_path / "out"), "--method", "rtn", "--push-to-hub", "me/pushed"]
+        done = run(*arguments, env=hub.environment(tmp_path / "home"))
+        assert done.returncode == 0, done.stderr
+        files = hub.find("me/pushed").files()
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= files.keys()
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("lean", [[], ["--lean"]])
+def test_evaluate(capsys, quantized, text, lean):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(quantized), AutoTokenizer.from_pretrained(quantized)
+    hf_guidedquant.cache_dequantized(model, not lean)
+    expected = perplexity(model, tokenizer, Path(text).read_text(), 32)
+    arguments = ["evaluate", quantized, "--text", text, "--context", "32", *lean]
+    assert json.loads(printed(capsys, *arguments, "--json")) == {"perplexity": expected, "tokens": 240, "context": 32}
+    assert f"{expected:.4f}" in printed(capsys, *arguments)
+
+
+def test_inspect_tells_what_was_saved_without_weights(capsys, quantized, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(quantized)
+
+    def reached(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", reached)
+    monkeypatch.setattr("hf_guidedquant.checkpoint.safe_open", reached)
+    told = json.loads(printed(capsys, "inspect", quantized, "--json"))
+    layers = quantized_modules(model)
+    assert [layer["name"] for layer in told["layers"]] == list(layers)
+    for layer in told["layers"]:
+        module = layers[layer["name"]]
+        assert (layer["out_features"], layer["in_features"]) == (module.out_features, module.in_features)
+        assert (layer["bits"], layer["method"], layer["lut_dtype"]) == (3, "squeezellm", "float16")
+        assert layer["nbytes"] == module.weight.nbytes + module.lut.nbytes
+    assert told["nbytes"] == sum(tensor.nbytes for tensor in load_file(Path(quantized, "model.safetensors")).values())
+    assert told["settings"]["provenance"] == model.config.quantization_config.provenance
+    assert told["settings"]["format_version"] == "1.0"
+    assert told["verified"] is False
+    report = json.loads(Path(quantized, "guidedquant_report.json").read_text())
+    assert told["bits_per_weight"] == report["bits_per_weight"]
+    table = printed(capsys, "inspect", quantized)
+    assert "guidedquant format 1.0" in table and "q_proj" in table and f"{told['bits_per_weight']:.3f}" in table
+
+
+def test_inspect_knows_settings_of_single_layers_and_shards(capsys, tmp_path):
+    overrides = {"*.down_proj": {"bits": 2}, "*.up_proj": {"method": "squeezellm"}}
+    config = GuidedQuantConfig(method="rtn", overrides=overrides, dataset=token_rows())
+    hf_guidedquant.save(hf_guidedquant.quantize(tiny_model(), config), tmp_path / "out", max_shard_size="20KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    told = json.loads(printed(capsys, "inspect", str(tmp_path / "out"), "--verify", "--json"))
+    kinds = {layer["name"].rpartition(".")[2]: (layer["bits"], layer["method"]) for layer in told["layers"]}
+    assert [kinds[name] for name in ("down_proj", "up_proj", "q_proj")] == [(2, "rtn"), (4, "squeezellm"), (4, "rtn")]
+    assert told["files"] > 1 and told["verified"] is True
+
+
+def test_inspect_reads_every_architecture(any_model, tmp_path):
+    hf_guidedquant.quantize(any_model, GuidedQuantConfig(bits=3, method="rtn")).save_pretrained(tmp_path)
+    inspection = inspect(tmp_path, verify=True)
+    assert inspection.model == type(any_model).__name__
+    assert inspection.bits_per_weight == any_model.quantization_report.bits_per_weight
+
+
+def damage(folder, name, change):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+LUT = "model.layers.0.mlp.up_proj.lut"
+
+
+@pytest.fixture
+def copy(quantized, tmp_path):
+    hf_guidedquant.save(AutoModelForCausalLM.from_pretrained(quantized), tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_verify_finds_codebooks_that_are_not_finite(capsys, copy):
+    printed(capsys, "inspect", str(copy), "--verify")
+    damage(copy, LUT, lambda lut: lut.index_fill(0, torch.tensor([1]), float("nan")))
+    printed(capsys, "inspect", str(copy))
+    message = refused(capsys, "inspect", str(copy), "--verify")
+    assert message.startswith("CheckpointError: ") and LUT in message
+
+
+@pytest.mark.parametrize("change", [lambda lut: lut[:, :4].contiguous(), lambda lut: lut.float()])
+def test_inspect_finds_wrong_shapes_and_dtypes(capsys, copy, change):
+    damage(copy, LUT, change)
+    assert LUT in refused(capsys, "inspect", str(copy))
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def index_of(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def config_with(**changes):
+    def change(folder):
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (cut, "truncated"),
+        (index_of("[]"), "no readable index"),
+        (index_of('{"weight_map": {}}'), "names no files"),
+        (index_of('{"weight_map": {"x": "../x.safetensors"}}'), "outside the model's folder"),
+        (config_with(architectures=["pipeline"]), "no model class 'pipeline'"),
+        (config_with(architectures=5), "describes no model"),
+        (config_with(num_attention_heads=0), "describes no model"),
+        (config_with(num_hidden_layers="two"), "describes no model"),
+        (config_with(num_hidden_layers=3), "missing: model.layers.2"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "describes no model"),
+    ],
+)
+def test_inspect_says_what_is_wrong_with_a_folder(capsys, copy, change, problem):
+    change(copy)
+    message = refused(capsys, "inspect", str(copy))
+    assert message.startswith("CheckpointError: ") and problem in message
+
+
+def test_inspect_trusts_no_text_of_the_config(capsys, copy):
+    settings = json.loads((copy / "config.json").read_text())["quantization_config"]
+    config_with(quantization_config={**settings, "provenance": {"base_model": "\x1b[2Jgone"}})(copy)
+    assert "base_model: [2Jgone\n" in printed(capsys, "inspect", str(copy))
+    modules = {name: {**module, "method": ["lnq"]} for name, module in settings["modules"].items()}
+    config_with(quantization_config={**settings, "modules": modules})(copy)
+    assert refused(capsys, "inspect", str(copy)).startswith("ConfigError: ")
+
+
+def test_inspect_refuses_what_is_not_ours(capsys, dense):
+    assert "was not quantized with hf-guidedquant" in refused(capsys, "inspect", dense)
+
+
+class Recorder:
+    """Stands in for ``generate``: keeps the prompts, and answers each with the same words."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.prompts = tokenizer, []
+
+    def __call__(self, model, input_ids, attention_mask, max_new_tokens, streamer):
+        assert max_new_tokens == 7
+        self.prompts.append(self.tokenizer.decode(input_ids[0]))
+        answer = torch.tensor([self.tokenizer("word8 word9")["input_ids"]])
+        streamer.put(input_ids)
+        streamer.put(answer[0])
+        streamer.end()
+        return torch.cat([input_ids, answer], dim=1)
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}"])
+@pytest.mark.parametrize("end", ["/exit\nword3\n", ""])
+def test_chat(capsys, monkeypatch, quantized, template, end):
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    tokenizer.chat_template = template
+    recorder = Recorder(tokenizer)
+    monkeypatch.setattr(cli, "_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(GenerationMixin, "generate", lambda model, **options: recorder(model, **options))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"word1\n\n word2 \n{end}"))
+    assert printed(capsys, "chat", quantized, "--max-new-tokens", "7").split() == ["word8", "word9"] * 2
+    second = "<s> word1 <s> word8 word9 <s> word2" if template else "word2"
+    assert recorder.prompts == ["<s> word1" if template else "word1", second]
+
+
+def test_chat_generates(quantized):
+    done = run("chat", quantized, "--max-new-tokens", "4", input="word1 word2\n/exit\n")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert 1 <= len(words) <= 4 and all(word.startswith("word") for word in words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["no-such-command"],
+        ["plan"],
+        ["plan", "MODEL", "--bits", "two"],
+        ["quantize", "MODEL"],
+        ["evaluate", "MODEL"],
+    ],
+)
+def test_wrong_usage_is_2(capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: " in capsys.readouterr().err
+
+
+def test_errors_are_told_in_a_line_without_a_traceback(tmp_path):
+    done = run("plan", str(tmp_path), "--bits", "9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"ConfigError: {config_error()}\n"
+
+
+def config_error():
+    with pytest.raises(hf_guidedquant.errors.ConfigError) as caught:
+        GuidedQuantConfig(bits=9)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["plan", "{folder}"], "ModelError"),
+        (["quantize", "{folder}", "{folder}/out"], "TokenizerMissingError"),
+        (["evaluate", "{folder}", "--text", "{folder}/none.txt"], "FileNotFoundError"),
+        (["chat", "{folder}"], "TokenizerMissingError"),
+    ],
+)
+def test_a_folder_without_a_model_is_an_error_too(capsys, tmp_path, arguments, error):
+    assert refused(capsys, *(argument.format(folder=tmp_path) for argument in arguments)).startswith(error + ": ")
+
+
+def test_ctrl_c_is_130(monkeypatch, dense):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan", interrupted)
+    assert main(["plan", dense]) == 130
+
+
+OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
+
+
+def run_optimum(*arguments, code=OPTIMUM):
+    pytest.importorskip("optimum.commands.base")
+    return run(*arguments, program=("-c", code), env={**os.environ, "PYTHONPATH": str(SOURCE)})
+
+
+def test_optimum_lists_the_commands_without_loading_anything():
+    done = run_optimum("guidedquant", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: optimum-cli guidedquant" in done.stdout
+    assert all(command in done.stdout for command in COMMANDS)
+    code = "import sys, optimum.commands.register.register_guidedquant; sys.exit('torch' in sys.modules)"
+    assert run_optimum(code=code).returncode == 0
+
+
+def test_optimum_runs_the_commands(capsys, quantized, tmp_path):
+    assert run_optimum("guidedquant", "inspect", quantized).stdout == printed(capsys, "inspect", quantized)
+    assert "usage: optimum-cli guidedquant inspect" in run_optimum("guidedquant", "inspect", "--help").stdout
+    failed = run_optimum("guidedquant", "inspect", str(tmp_path))
+    assert failed.returncode == 1 and failed.stderr.startswith("CheckpointError: ")

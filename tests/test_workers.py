@@ -115,6 +115,7 @@ model = hf_guidedquant.quantize(tiny_model(), config)
 rank = Workers().rank
 torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
 model.save_pretrained(f"{folder}/model")
+hf_guidedquant.save(model, f"{folder}/staged")
 print(f"rows {model.quantization_report.settings['provenance']['rows']}")
 """
 
@@ -148,6 +149,7 @@ def test_two_processes_quantize_as_one(method, segments, tmp_path):
     # Hessians are added up in another order, which can decide between two codes that are equally good.
     assert different <= 1e-4 * weights
     saved = {path.name for path in (folder / "model").iterdir()}
+    assert saved == {path.name for path in (folder / "staged").iterdir()}
     assert {"model.safetensors", "config.json", "README.md", "guidedquant_report.json"} <= saved
     loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in states[0].items())

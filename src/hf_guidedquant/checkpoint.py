@@ -18,6 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .errors import CheckpointError, OutputFolderError, listed
 from .formats.lut import TensorSpec
 from .nn import quantized_modules
+from .workers import Workers
 
 _DTYPES = {
     "I32": torch.int32,
@@ -228,11 +229,14 @@ def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options
     """Save a model (and its tokenizer) into a new folder, all or nothing.
 
     Everything is written to a temporary folder beside it, which takes its place at the end; an interrupted save leaves
-    nothing behind that looks like a model. ``options`` go to ``save_pretrained`` (``max_shard_size=...``).
+    nothing behind that looks like a model. ``options`` go to ``save_pretrained`` (``max_shard_size=...``). Of processes
+    that quantize together the first one saves.
 
     Raises:
         OutputFolderError: The folder exists and is not empty.
     """
+    if not Workers(meet=False).first:
+        return Path(folder)
     target = check_output_folder(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

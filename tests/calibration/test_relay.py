@@ -58,6 +58,19 @@ def test_segments_change_nothing(four_blocks, rows, borders, guided):
 
 
 @pytest.mark.parametrize("guided", [True, False])
+def test_blocks_may_change_hidden_states_in_place(rows, guided):
+    def change(module, args):
+        args[0].mul_(1.5)
+
+    model = tiny_model(blocks=3)
+    for block in model.model.layers[1:]:
+        block.input_layernorm.register_forward_pre_hook(change)
+    whole, divided = (gather(model, rows, parts, guided) for parts in ([(0, 3)], [(0, 1), (1, 2), (2, 3)]))
+    for name, hessian in whole.items():
+        assert torch.equal(hessian, divided[name]), name
+
+
+@pytest.mark.parametrize("guided", [True, False])
 def test_segments_can_be_left_out(rows, guided):
     model, borders = tiny_model(blocks=4), [(0, 1), (1, 2), (2, 3), (3, 4)]
     whole = gather(model, rows, [(0, 4)], guided)

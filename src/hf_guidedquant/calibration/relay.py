@@ -174,7 +174,7 @@ class Relay:
         if start > 0:
             device = self._place(next(self._blocks[start].parameters()).device)
             states = self._states[start][index].to(device, non_blocking=True)
-            self._entering = states.requires_grad_(torch.is_grad_enabled())
+            self._entering = states.detach().requires_grad_(torch.is_grad_enabled())
         ids = self._rows[index].to(self._input_device)
         try:
             return self._model(input_ids=ids.unsqueeze(0), use_cache=False)
@@ -210,7 +210,9 @@ class Relay:
             yield
 
     def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return replace_hidden_states(args, kwargs, self._entering)
+        # A copy, because models may change hidden states in place.
+        assert self._entering is not None
+        return replace_hidden_states(args, kwargs, self._entering.clone())
 
     @contextmanager
     def _weights_in_place(self, start: int, stop: int) -> Iterator[None]:

@@ -14,7 +14,7 @@ from trained_model import ROW, calibration_rows, held_out_ids, trained_model
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, distill, solving
+from hf_guidedquant import GuidedQuantConfig, distill, pipeline, solving
 from hf_guidedquant.config import DistillSpec
 from hf_guidedquant.divergence import Divergence, teacher_states
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
@@ -237,3 +237,13 @@ def test_solved_layers_serve_any_distillation(method, tmp_path, monkeypatch):
     for wanted in (False, True):
         model = hf_guidedquant.quantize(tiny_model(), config(distill=wanted, **settings))
         assert saved(model, tmp_path / "model") == expected[wanted]
+
+
+def test_a_model_that_visits_a_gpu_comes_back_from_an_error(monkeypatch):
+    model, moves = tiny_model(), []
+    monkeypatch.setattr(pipeline, "place_for", lambda config: lambda home: torch.device("cuda:0"))
+    monkeypatch.setattr(pipeline, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)))
+    with pytest.raises(KeyError), pipeline._where_work_is_done(model, GuidedQuantConfig()):
+        raise KeyError
+    assert moves == ["cuda:0", "cpu"]

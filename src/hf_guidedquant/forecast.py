@@ -14,18 +14,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .calibration import Footprint, Outline, divide, outline
 from .config import GuidedQuantConfig
 from .errors import ModelError
-from .linears import tensors_of
+from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
 from .report import align, sizes
-from .resources import compute_device, reproducible, total_memory
+from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
 from .solvers import SOLVERS, SolverSpec
 from .solvers.hessian import condition
 from .solving import solver_work
 
 # Of the symmetric products for Hessians, what is computed.
 _GRAM_SHARE = 0.63
-# How much of a GPU's memory the weights may fill before they have to wait outside, as `device_map="auto"` decides.
-_WEIGHTS_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -85,9 +83,8 @@ def plan(
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     decided = plan_layers(subject, config)
-    weights = sum(tensor.nbytes for tensor in tensors_of(subject))
     device = compute_device(torch.device("cpu"), config.device)
-    fits = device.type != "cpu" and weights <= _WEIGHTS_SHARE * total_memory(device)
+    fits = device.type != "cpu" and size_of(subject) <= WEIGHTS_SHARE * total_memory(device)
 
     def home(stored: torch.device) -> torch.device:
         """Where weights that are nowhere yet would lie."""
@@ -97,8 +94,7 @@ def plan(
         return compute_device(home(stored), config.device)
 
     tokens = min(config.seq_len, getattr(subject.config.get_text_config(), "max_position_embeddings", config.seq_len))
-    with_data = any(layer.statistics != "none" for layer in decided.layers)
-    drawn = outline(subject, tokens, config.guided, place) if with_data else Outline()
+    drawn = outline(subject, tokens, config.guided, place) if decided.needs_data else Outline()
     footprint = Footprint(subject, decided.layers, drawn, place, home)
     borders = [(segment.start, segment.stop) for segment in divide(footprint, config, config.num_samples)]
     memory: Counter[torch.device] = Counter(footprint.resident)
@@ -112,7 +108,7 @@ def plan(
         + sum(layer.packed_bytes for layer in decided.layers)
     )
     seconds = {}
-    if probe and with_data:
+    if probe and decided.needs_data:
         passes = 2 - 1 / len(borders)
         seconds["calibration"] = config.num_samples * _row_seconds(
             drawn, decided.layers, tokens, passes, subject.dtype, device

@@ -33,6 +33,11 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers())
 
 
+def size_of(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module."""
+    return sum(tensor.nbytes for tensor in tensors_of(module))
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as ``[out_features, in_features]``."""
     weight = stored_weight(module)

@@ -37,7 +37,7 @@ from .distill import distill
 from .divergence import teacher_states
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
-from .linears import stored_weight, tensors_of
+from .linears import size_of, stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan_layers
 from .report import Report
@@ -127,16 +127,18 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
 @contextmanager
 def _where_work_is_done(model: Any, config: GuidedQuantConfig) -> Iterator[None]:
     """The whole model is on the GPU that works for the CPU, if it fits; afterwards it is where it was."""
-    place, size = place_for(config)(model.device), sum(tensor.nbytes for tensor in tensors_of(model))
+    place, size = place_for(config)(model.device), size_of(model)
     visit = {tensor.device.type for tensor in tensors_of(model)} == {"cpu"} != {place.type}
     if visit and size > _WEIGHTS_SHARE * free_memory(place):
         logger.warning("The model does not fit on %s as a whole, so the CPU runs it, which takes long.", place)
         visit = False
-    if visit:
-        model.to(place)
-    yield
-    if visit:
-        model.to("cpu")
+    try:
+        if visit:
+            model.to(place)
+        yield
+    finally:
+        if visit:
+            model.to("cpu")
 
 
 def _common(

@@ -15,9 +15,9 @@ from .calibration.rows import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
-from .linears import is_linear, linear_shape, tensors_of
+from .linears import is_linear, linear_shape, size_of
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
-from .resources import compute_device, free_memory
+from .resources import WEIGHTS_SHARE, compute_device, free_memory
 from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
 from .workers import Workers
@@ -86,7 +86,9 @@ class GuidedQuantizer(HfQuantizer):
         """
         if self.pre_quantized:
             return max_memory
-        limits = {key: int(value * 0.8) if isinstance(value, int) else value for key, value in max_memory.items()}
+        limits = {
+            key: int(value * WEIGHTS_SHARE) if isinstance(value, int) else value for key, value in max_memory.items()
+        }
         if self._dense_bytes > sum(value for key, value in limits.items() if key != "cpu" and isinstance(value, int)):
             self._waits_on_cpu = True
             return {key: value if key == "cpu" else 0 for key, value in limits.items()}
@@ -94,7 +96,7 @@ class GuidedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
-            self._dense_bytes = sum(tensor.nbytes for tensor in tensors_of(model))
+            self._dense_bytes = size_of(model)
             return
         modules = _resolve_modules(model, self.quantization_config)
         for name, (bits, lut_dtype) in modules.items():
@@ -159,7 +161,7 @@ class GuidedQuantizer(HfQuantizer):
 def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:
     """Take a model that has become small enough to where ``device_map="auto"`` would have it."""
     device = compute_device(torch.device("cpu"), config.device)
-    size, free = sum(tensor.nbytes for tensor in tensors_of(model)), free_memory(device)
+    size, free = size_of(model), free_memory(device)
     if size < 0.9 * free:
         model.to(device)
     else:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+# How much of a GPU's memory full-precision weights may fill before they have to wait outside.
+WEIGHTS_SHARE = 0.8
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on ``device``."""

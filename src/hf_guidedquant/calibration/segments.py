@@ -253,10 +253,8 @@ def gather(
     Several processes share the rows; the store is the first one's, and the result is everyone's.
     """
     workers = workers or Workers()
-    devices = {
-        layer.name: compute_device(stored_weight(model.get_submodule(layer.name)).device, config.device)
-        for layer in layers
-    }
+    place = place_for(config)
+    devices = {layer.name: place(stored_weight(model.get_submodule(layer.name)).device) for layer in layers}
     wanted = {layer.name: layer for layer in layers if layer.statistics != "none"}
     for_any_method = config.statistics is not None
 

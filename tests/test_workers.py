@@ -16,6 +16,7 @@ from hf_guidedquant.triton_kernels import unpack_codes
 from hf_guidedquant.workers import Workers
 
 PRIMITIVES = """
+import time
 import torch
 from hf_guidedquant.errors import WorkerError
 from hf_guidedquant.workers import Workers
@@ -37,7 +38,9 @@ except WorkerError as error:
     assert "seed (process 0: 0, process 1: 1)" in str(error)
 else:
     raise AssertionError
-print(f"finished {workers.rank}")
+print(f"finished {workers.rank}", flush=True)
+# A process that leaves at once can cut off one that is still receiving.
+time.sleep(2)
 """
 
 LOST = """

@@ -5,6 +5,7 @@ import torch
 from conftest import memory_for, tiny_model, token_rows
 from test_collector import linears
 
+import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import Footprint, LayerStatistics, Relay, divide, outline
 from hf_guidedquant.calibration import gather as gather_segment
@@ -214,3 +215,16 @@ def test_layers_that_read_the_same_share_a_hessian_without_gradients(rows):
     for name, statistics in found.items():
         # Two groups there, which are equal without gradients.
         assert torch.equal(statistics.hessian[0], everything[name][1]), name
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_model_without_decoder_blocks_of_its_own_is_quantized_in_one_piece(rows, guided, monkeypatch):
+    """Code of a model that knows nothing of transformers' layer class."""
+    plain, odd = (tiny_model("llama") for _ in range(2))
+    config = GuidedQuantConfig(bits=2, guided=guided, dataset=rows)
+    hf_guidedquant.quantize(plain, config)
+    monkeypatch.setitem(outline.__globals__, "GradientCheckpointingLayer", type("Nothing", (), {}))
+    assert not outline(odd, rows[0].numel(), guided, stay).blocks
+    hf_guidedquant.quantize(odd, GuidedQuantConfig(bits=2, guided=guided, dataset=rows))
+    for (name, one), other in zip(plain.state_dict().items(), odd.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name

@@ -7,7 +7,7 @@ is the plain pass. The numbers are the same however the blocks are divided.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..linears import stored_weight, tensors_of
-from ..running import evaluating, repeatable_backward
+from ..running import repeatable_backward
 from ..workers import Workers
 from .collector import (
     LayerStatistics,
@@ -27,7 +26,8 @@ from .collector import (
     tapped,
     watched,
 )
-from .outline import Outline, hidden_states, replace_hidden_states
+from .outline import Outline
+from .passage import Passage, Shelf
 
 
 class Relay:
@@ -56,12 +56,12 @@ class Relay:
         workers: Workers | None = None,
     ) -> None:
         self.outline = outline
-        self._model, self._guided, self._place = model, guided, place
+        self._model, self._guided = model, guided
         self._borders = list(borders)
         self._workers = workers or Workers()
         self._total_rows = len(rows)
         self._rows = self._workers.share(rows)
-        self._blocks = [model.get_submodule(name) for name in outline.blocks]
+        self._passage = Passage(model, outline, place)
         # Of every row, on the CPU: the hidden states that enter a block, by its number, and the gradient of what left
         # the segment that comes next.
         self._states: dict[int, list[Tensor]] = {}
@@ -69,7 +69,7 @@ class Relay:
         # Of every row, once there was a loss: whether it counts.
         self._valid: list[Tensor] = []
         self._entering: Tensor | None = None
-        self._sending: set[torch.device] = set()
+        self._shelf = Shelf()
         self._waiting = self.order
 
     @property
@@ -99,7 +99,7 @@ class Relay:
         walk(number, statistics, self._title())
         for layer in statistics.values():
             layer.add_up(self._workers)
-        bad_losses = torch.tensor(sum(not valid for valid in self._valid), device=self._input_device)
+        bad_losses = torch.tensor(sum(not valid for valid in self._valid), device=self._passage.input_device)
         self._workers.add_up(bad_losses)
         check_bad_rows(int(bad_losses), statistics, self._total_rows)
 
@@ -111,13 +111,13 @@ class Relay:
         """A segment without gradients; what leaves it is kept for the next."""
         start, stop = self._borders[number]
         left = []
-        with torch.no_grad(), self._only(start, stop):
-            row = Row(torch.ones((), dtype=torch.bool, device=self._input_device))
+        with torch.no_grad(), self._passage.only(start, stop):
+            row = Row(torch.ones((), dtype=torch.bool, device=self._passage.input_device))
             with watched(self._modules(statistics), statistics, row):
                 for index in self._progress(title):
                     state = self._run(index, start)
-                    left += [self._put_aside(state)] if stop < len(self._blocks) else []
-        self._arrive()
+                    left += [self._shelf.put(state)] if stop < len(self._passage) else []
+        self._shelf.settle()
         self._states[stop] = left
         if not self._guided:
             self._states.pop(start, None)
@@ -129,26 +129,26 @@ class Relay:
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(gradients_of_activations_only(self._model))
-            stack.enter_context(self._only(start, stop))
-            row = Row(torch.ones((), dtype=torch.bool, device=self._input_device))
+            stack.enter_context(self._passage.only(start, stop))
+            row = Row(torch.ones((), dtype=torch.bool, device=self._passage.input_device))
             if self._rows:
                 stack.enter_context(
-                    repeatable_backward(self._input_device, lambda: self._run_back(0, start, stop, row))
+                    repeatable_backward(self._passage.input_device, lambda: self._run_back(0, start, stop, row))
                 )
             stack.enter_context(tapped(self._modules(statistics), statistics, row))
             for index in self._progress(title):
                 gradient = self._run_back(index, start, stop, row)
-                gradients += [] if gradient is None else [self._put_aside(gradient)]
-                if stop == len(self._blocks):
+                gradients += [] if gradient is None else [self._shelf.put(gradient)]
+                if stop == len(self._passage):
                     self._valid.append(row.valid)
-        self._arrive()
+        self._shelf.settle()
         self._gradients = gradients
         self._states.pop(start, None)
 
     def _run_back(self, index: int, start: int, stop: int, row: Row) -> Tensor | None:
         """A row forward and backward; the gradient of what enters the segment, if it is not the first."""
         left = self._run(index, start)
-        if stop == len(self._blocks):
+        if stop == len(self._passage):
             left, gradient = end_loss(left, self._rows[index]), None
             row.valid = torch.isfinite(left.detach())
         else:
@@ -156,34 +156,13 @@ class Relay:
         torch.autograd.backward(left, gradient)
         return None if self._entering is None else self._entering.grad
 
-    def _put_aside(self, tensor: Tensor) -> Tensor:
-        """A copy in the CPU's memory. From a GPU it is on its way until :meth:`_arrive`."""
-        if tensor.device.type != "cuda":
-            return tensor.detach().cpu()
-        self._sending.add(tensor.device)
-        aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return aside.copy_(tensor.detach(), non_blocking=True)
-
-    def _arrive(self) -> None:
-        while self._sending:
-            torch.cuda.synchronize(self._sending.pop())
-
     def _run(self, index: int, start: int) -> Any:
         """Forward: the model's output, or the hidden states that enter the block behind the segment."""
         self._entering = None
         if start > 0:
-            device = self._place(next(self._blocks[start].parameters()).device)
-            states = self._states[start][index].to(device, non_blocking=True)
+            states = self._states[start][index].to(self._passage.device, non_blocking=True)
             self._entering = states.detach().requires_grad_(torch.is_grad_enabled())
-        ids = self._rows[index].to(self._input_device)
-        try:
-            return self._model(input_ids=ids.unsqueeze(0), use_cache=False)
-        except _Border as border:
-            return border.states
-
-    @property
-    def _input_device(self) -> torch.device:
-        return self._place(stored_weight(self._model.get_input_embeddings()).device)
+        return self._passage.run([self._rows[index]], self._entering)
 
     def _modules(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, nn.Module]:
         return {name: self._model.get_submodule(name) for name in statistics}
@@ -195,67 +174,5 @@ class Relay:
                 yield index
                 bar.update(row.numel())
 
-    @contextmanager
-    def _only(self, start: int, stop: int) -> Iterator[None]:
-        """The model's forward runs these blocks only: it passes over those before, and ends at the block behind."""
-        with ExitStack() as stack:
-            stack.enter_context(evaluating(self._model))
-            stack.enter_context(self._weights_in_place(start, stop))
-            for block, outputs in zip(self._blocks[:start], self.outline.outputs, strict=False):
-                stack.enter_context(_passed_over(block, outputs))
-            if start > 0:
-                stack.callback(self._blocks[start].register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-            if stop < len(self._blocks):
-                stack.callback(self._blocks[stop].register_forward_pre_hook(_leave, with_kwargs=True).remove)
-            yield
 
-    def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # A copy, because models may change hidden states in place.
-        assert self._entering is not None
-        return replace_hidden_states(args, kwargs, self._entering.clone())
-
-    @contextmanager
-    def _weights_in_place(self, start: int, stop: int) -> Iterator[None]:
-        """Weights that the segment needs are where they are worked on; afterwards all are where they were."""
-        absent = {id(t) for k, block in enumerate(self._blocks) if not start <= k < stop for t in tensors_of(block)}
-        moved = []
-        try:
-            for tensor in tensors_of(self._model):
-                place = self._place(tensor.device)
-                if place != tensor.device and id(tensor) not in absent:
-                    moved.append((tensor, tensor.data))
-                    tensor.data = tensor.data.to(place)
-            yield
-        finally:
-            for tensor, data in moved:
-                tensor.data = data
-
-
-class _Border(Exception):  # noqa: N818  Nothing went wrong.
-    """The block behind the segment is about to run."""
-
-    def __init__(self, states: Tensor) -> None:
-        self.states = states
-
-
-def _leave(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    raise _Border(hidden_states(args, kwargs))
-
-
-@contextmanager
-def _passed_over(block: nn.Module, outputs: int | None) -> Iterator[None]:
-    """A decoder block that gives back what it is given, in the form in which it gives its output."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        states = hidden_states(args, kwargs)
-        return states if outputs is None else (states, *[None] * (outputs - 1))
-
-    own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
+__all__ = ["Relay"]

@@ -144,7 +144,8 @@ def relay_for(
 ) -> Relay:
     """The rows at the start, to go through these segments."""
     rows = [] if calibration is None else calibration.rows
-    borders = [(segment.start, segment.stop) for segment in segments]
+    # A model that cannot be run in parts is one segment without blocks.
+    borders = [(segment.start, min(segment.stop, len(drawn.blocks))) for segment in segments]
     return Relay(model, drawn, borders, rows, guided=config.guided, place=place_for(config), workers=workers)
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -96,19 +95,22 @@ def test_the_example_of_the_help_is_valid(command, capsys):
 @pytest.mark.parametrize("command", ["plan", "quantize"])
 def test_settings_are_those_of_the_config(command):
     arguments = {"plan": ["plan", "MODEL"], "quantize": ["quantize", "MODEL", "OUT"]}[command]
-    options = vars(cli._parser("").parse_args(arguments))
-    config = GuidedQuantConfig()
-    shared = {field.name for field in fields(config)} & options.keys()
-    assert {"bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device"} <= shared
-    assert {name: options[name] for name in shared} == {name: getattr(config, name) for name in shared}
-    assert cli._config(cli._parser("").parse_args(arguments), sorted(shared)) == config
+    options = cli._parser("").parse_args(arguments)
+    names = getattr(cli, f"_{command.upper()}_FIELDS")
+    assert {"bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device"} <= set(names)
+    assert cli._config(options, names) == GuidedQuantConfig()
+    options = cli._parser("").parse_args([*arguments, "--preset", "paper"])
+    assert cli._config(options, names) == GuidedQuantConfig(preset="paper") != GuidedQuantConfig()
+    options = cli._parser("").parse_args([*arguments, "--preset", "paper", "--num-groups", "1"])
+    assert cli._config(options, names) == GuidedQuantConfig(preset="paper", num_groups=1)
 
 
 def test_settings_reach_the_config():
-    given = "--bits 2.5 --no-guided --num-groups 3 --max-memory 1.5 --device cpu --distill --run-dir R --statistics S"
+    given = "--bits 2.5 --no-guided --num-groups 3 --max-memory 1.5 --device cpu --distill --reconstruct "
+    given += "--run-dir R --statistics S"
     options = cli._parser("").parse_args(["quantize", "MODEL", "OUT", *given.split()])
-    names = ("bits", "guided", "num_groups", "max_memory", "device", "distill", "run_dir", "statistics")
-    assert [getattr(options, name) for name in names] == [2.5, False, 3, 1.5, "cpu", True, "R", "S"]
+    names = ("bits", "guided", "num_groups", "max_memory", "device", "distill", "reconstruct", "run_dir", "statistics")
+    assert [getattr(options, name) for name in names] == [2.5, False, 3, 1.5, "cpu", True, True, "R", "S"]
     assert isinstance(cli._parser("").parse_args(["plan", "MODEL", "--bits", "3"]).bits, int)
 
 

@@ -3,11 +3,12 @@
 import copy
 import json
 import logging
+from dataclasses import asdict
 
 import pytest
 
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.config import PERSISTED, DistillSpec, matches
+from hf_guidedquant.config import PERSISTED, PRESETS, DistillSpec, ReconstructSpec, matches
 from hf_guidedquant.errors import CheckpointError, ConfigError
 
 
@@ -36,6 +37,10 @@ def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
         ("distill", 1),
         ("distill", None),
         ("distill", {"epoch": 2}),
+        ("reconstruct", 0),
+        ("reconstruct", {"epoch": 2}),
+        ("preset", "better"),
+        ("preset", ""),
         ("num_samples", 0),
         ("seq_len", 1),
         ("seed", -1),
@@ -61,6 +66,10 @@ def test_a_wrong_value_names_field_value_and_range(field, value):
     assert caught.value.allowed in str(caught.value)
 
 
+SPECS = {"reconstruct": ReconstructSpec, "distill": DistillSpec}
+
+
+@pytest.mark.parametrize("training", SPECS)
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
@@ -75,28 +84,60 @@ def test_a_wrong_value_names_field_value_and_range(field, value):
         ("held_back", True, "positive number up to 0.5"),
     ],
 )
-def test_a_wrong_setting_of_the_distillation_names_field_value_and_range(field, value, allowed):
+def test_a_wrong_setting_of_a_training_names_field_value_and_range(training, field, value, allowed):
     with pytest.raises(ConfigError) as caught:
-        GuidedQuantConfig(distill={field: value})
-    assert f"GuidedQuantConfig.distill['{field}'] = {value!r}" in str(caught.value)
+        GuidedQuantConfig(**{training: {field: value}})
+    assert f"GuidedQuantConfig.{training}['{field}'] = {value!r}" in str(caught.value)
     assert allowed in str(caught.value)
 
 
-def test_the_settings_of_the_distillation_are_complete_and_copied():
-    assert GuidedQuantConfig().distill is False
-    assert GuidedQuantConfig().distill_spec is None
-    assert GuidedQuantConfig(distill=True).distill_spec == DistillSpec()
+def test_latent_weights_have_a_rate_of_their_own():
+    with pytest.raises(ConfigError, match=r"latent_learning_rate.*positive number up to 1"):
+        GuidedQuantConfig(reconstruct={"latent_learning_rate": 0})
+
+
+@pytest.mark.parametrize("training", SPECS)
+def test_the_settings_of_a_training_are_complete_and_copied(training):
+    spec = SPECS[training]
+    assert getattr(GuidedQuantConfig(), training) is False
+    assert getattr(GuidedQuantConfig(), f"{training}_spec") is None
+    assert getattr(GuidedQuantConfig(**{training: True}), f"{training}_spec") == spec()
     mine = {"epochs": 7}
-    config = GuidedQuantConfig(distill=mine)
-    assert config.distill_spec == DistillSpec(epochs=7)
+    config = GuidedQuantConfig(**{training: mine})
+    assert getattr(config, f"{training}_spec") == spec(epochs=7)
     assert mine == {"epochs": 7}
-    assert config.to_dict()["distill"] == {**GuidedQuantConfig(distill=True).distill, "epochs": 7}
+    assert config.to_dict()[training] == {**asdict(spec()), "epochs": 7}
+    settings = copy.deepcopy(config)
+    getattr(settings, training)["epochs"] = 8
+    assert getattr(config, training)["epochs"] == 7
 
 
-def test_a_checkpoint_from_before_the_distillation_was_not_distilled():
+def test_what_is_given_counts_more_than_the_preset():
+    assert GuidedQuantConfig(preset="paper") == GuidedQuantConfig(num_groups=4)
+    assert GuidedQuantConfig(preset="paper", num_groups=1) == GuidedQuantConfig()
+    best = GuidedQuantConfig(bits=2, preset="best", distill=False)
+    assert (best.bits, best.num_groups, best.distill, best.reconstruct_spec) == (2, 4, False, ReconstructSpec())
+    assert GuidedQuantConfig.from_dict({"preset": "best", "bits": 3}) == GuidedQuantConfig(bits=3, preset="best")
+    saved = GuidedQuantConfig(preset="best").to_dict()
+    assert "preset" not in saved
+    assert GuidedQuantConfig.from_dict(saved) == GuidedQuantConfig(preset="best")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_copied(name):
+    GuidedQuantConfig(preset=name).overrides["x"] = {"bits": 2}
+    for value in vars(GuidedQuantConfig(preset=name)).values():
+        if isinstance(value, dict):
+            value.clear()
+    assert GuidedQuantConfig(preset=name).overrides == {}
+    assert GuidedQuantConfig(preset=name).distill_spec == GuidedQuantConfig(**PRESETS[name]).distill_spec
+
+
+def test_a_checkpoint_from_before_there_was_training_was_not_trained():
     old = GuidedQuantConfig(modules={"a": {"bits": 2}}).to_dict()
-    del old["distill"]
-    assert GuidedQuantConfig.from_dict(old).distill is False
+    del old["distill"], old["reconstruct"]
+    config = GuidedQuantConfig.from_dict(old)
+    assert (config.reconstruct, config.distill) == (False, False)
 
 
 @pytest.mark.parametrize(

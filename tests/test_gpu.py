@@ -66,6 +66,21 @@ def test_the_same_seed_gives_the_same_trained_codebooks(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("home", ["cuda", "cpu"])
+def test_the_same_seed_gives_the_same_reconstructed_blocks(dtype, home):
+    """Also with weights that wait on the CPU and are on the GPU for their block's turn only."""
+    dense = tiny_model().to(home, dtype)
+    settings = config(
+        dataset=token_rows(4) * 2, reconstruct={"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
+    )
+    first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), settings) for _ in range(2))
+    assert any(block.kept for block in first.quantization_report.reconstruction.blocks)
+    assert first.device.type == home
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_codebooks_gradient_is_that_of_float64_autograd(bits, dtype):
     codes, layer = random_layer(bits, 133, 320)

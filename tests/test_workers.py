@@ -166,10 +166,12 @@ def test_processes_share_a_run_folder_and_statistics(tmp_path):
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
 
 
-def test_two_processes_end_with_the_same_trained_codebooks(tmp_path):
-    folder, states = quantized_by(2, tmp_path, distill={"batch_tokens": 64, "learning_rate": 0.01})
+def test_two_processes_end_with_the_same_trained_layers(tmp_path):
+    training = {"batch_tokens": 64, "learning_rate": 0.01}
+    folder, states = quantized_by(2, tmp_path, distill=training, reconstruct={**training, "latent_learning_rate": 0.01})
     report = json.loads((folder / "model" / "guidedquant_report.json").read_text())
     assert report["distillation"]["best_epoch"] > 0
+    assert any(block["trained"] < block["solved"] for block in report["reconstruction"]["blocks"])
     assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
     loaded = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in states[0].items())

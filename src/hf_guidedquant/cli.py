@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from .checkpoint import check_output_folder, save
-from .config import METHODS, GuidedQuantConfig
+from .config import METHODS, PRESETS, GuidedQuantConfig
 from .errors import GuidedQuantError, TokenizerMissingError
 from .evaluate import perplexity, token_ids
 from .forecast import plan
@@ -25,7 +25,7 @@ _PROGRAM = "python -m hf_guidedquant"
 _INTERRUPTED = 130
 # Fields of GuidedQuantConfig that are options, in the order of the help.
 _PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device")
-_QUANTIZE_FIELDS = (*_PLAN_FIELDS, "dataset", "seed", "distill", "run_dir", "statistics")
+_QUANTIZE_FIELDS = (*_PLAN_FIELDS, "dataset", "seed", "reconstruct", "distill", "run_dir", "statistics")
 # What the class takes, but a command line cannot be given, is left out.
 _TEXTS = {"dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", or the path of a text file.'}
 _CONTEXT = introspection.signature(perplexity).parameters["context"].default
@@ -117,7 +117,8 @@ def _chat(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace, names: Sequence[str]) -> GuidedQuantConfig:
-    return GuidedQuantConfig(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in ("preset", *names) if hasattr(options, name)}
+    return GuidedQuantConfig(**given)
 
 
 def _tokenizer(model: str) -> Any:
@@ -201,18 +202,21 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
     known = {field.name: field for field in fields(GuidedQuantConfig)}
     documented = re.findall(r"^    (\w+): (.+(?:\n     +.+)*)", introspection.getdoc(GuidedQuantConfig) or "", re.M)
     sentences = {name: re.split(r"(?<=\.)(?<!e\.g\.)\s+", text)[0] for name, text in documented} | _TEXTS
+    about = "Values of several settings at once; settings that are given count instead."
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help=about)
     for name in names:
         field = known[name]
         kinds = typing.get_args(field.type) or (field.type,)
         about = " ".join(sentences.get(name, "").replace("``", "").replace("%", "%%").split())
         if field.default is not None:
-            about += " (default: %(default)s)"
+            about += f" (default: {field.default})"
         parse: dict[str, Any] = {"type": _number if float in kinds else int if int in kinds else str}
         if bool in kinds:
             parse = {"action": argparse.BooleanOptionalAction}
         elif name == "method":
             parse = {"choices": METHODS}
-        parser.add_argument("--" + name.replace("_", "-"), default=field.default, help=about, **parse)
+        # What is not given is left to the preset, or else to the config.
+        parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **parse)
 
 
 def _number(text: str) -> int | float:

@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,6 +25,22 @@ FORMAT_VERSION = "1.0"
 METHODS = tuple(SOLVERS)
 OVERRIDABLE = ("bits", "method")
 
+# Settings by the name of what they are for; what is given beside the name counts instead.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Forward passes only, over fewer rows, and one round of codebook updates.
+    "fast": {"guided": False, "num_samples": 32, "lnq_iterations": 1},
+    # Guided LNQ as published: four Hessians per layer, nothing trained.
+    "paper": {"method": "lnq", "guided": True, "num_groups": 4},
+    # Codes and codebooks trained block by block, then codebooks end to end.
+    "best": {
+        "method": "lnq",
+        "guided": True,
+        "num_groups": 4,
+        "reconstruct": True,
+        "distill": {"epochs": 3, "learning_rate": 0.01},
+    },
+}
+
 # Fields that are written to config.json. Everything else concerns one run and never reaches a file.
 PERSISTED = (
     "format_version",
@@ -34,6 +51,7 @@ PERSISTED = (
     "lnq_iterations",
     "lnq_cycles",
     "kmeans_iterations",
+    "reconstruct",
     "distill",
     "modules_to_not_convert",
     "modules",
@@ -69,11 +87,59 @@ class DistillSpec:
         _check_positive("distill['held_back']", self.held_back, 0.5)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReconstructSpec:
+    """How codes and codebooks are trained block by block after solving, to give what the original blocks give.
+
+    Args:
+        epochs: Passes over the calibration rows, for every block. 1-100.
+        learning_rate: Largest step of AdamW for codebooks, in units of a layer's mean distance between neighbouring
+            codewords. Positive, at most 1.
+        latent_learning_rate: The same for the latent weights that the codes follow.
+        batch_tokens: Tokens per step, about. 1-16,777,216.
+        held_back: Share of the rows that is not trained on, but tells whether a block is better than it was; a row at
+            least. Positive, at most 0.5.
+
+    Raises:
+        ConfigError: A value is outside its range.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 0.02
+    latent_learning_rate: float = 0.03
+    batch_tokens: int = 8192
+    held_back: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _check_int("reconstruct['epochs']", self.epochs, 1, 100)
+        _check_positive("reconstruct['learning_rate']", self.learning_rate, 1)
+        _check_positive("reconstruct['latent_learning_rate']", self.latent_learning_rate, 1)
+        _check_int("reconstruct['batch_tokens']", self.batch_tokens, 1, 2**24)
+        _check_positive("reconstruct['held_back']", self.held_back, 0.5)
+
+
+def _with_presets(cls: Any) -> Any:
+    """The class, with ``preset`` filling in what its constructor is not given."""
+    plain = cls.__init__
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *, preset: str | None = None, **settings: Any) -> None:  # noqa: N807
+        if preset is not None and preset not in PRESETS:
+            raise ConfigError("preset", preset, "None or one of " + ", ".join(map(repr, PRESETS)))
+        plain(self, **{**copy.deepcopy(PRESETS.get(preset or "", {})), **settings})
+
+    cls.__init__ = __init__
+    return cls
+
+
+@_with_presets
 @dataclass(kw_only=True, repr=False)
 class GuidedQuantConfig(QuantizationConfigMixin):
     """How to quantize a language model, and on which calibration data.
 
     Args:
+        preset: ``"fast"``, ``"paper"`` (guided LNQ as published) or ``"best"`` (trained afterwards as well): values of
+            several settings at once, see :data:`PRESETS`. Settings that are given count instead.
         bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries. A float, like 2.5 or 3.0,
             is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
             from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
@@ -87,7 +153,11 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
         kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.
-        distill: Train the codebooks end to end after solving, on the same rows: the quantized model learns the token
+        reconstruct: Train codes and codebooks block by block after solving, on the same rows: every quantized decoder
+            block learns to give what the original block gives. ``True`` for the settings of :class:`ReconstructSpec`,
+            or a dictionary of those that are to be others. Kept as ``False`` or the dictionary of all. Hidden states
+            wait in CPU memory: three rows of ``hidden_size`` numbers per token.
+        distill: Train the codebooks end to end after that, on the same rows: the quantized model learns the token
             distribution of the original. ``True`` for the settings of :class:`DistillSpec`, or a dictionary of those
             that are to be others, e.g. ``{"epochs": 4}``. Kept as ``False`` or the dictionary of all. The original's
             last hidden states wait in CPU memory: a row of ``hidden_size`` numbers per token.
@@ -125,6 +195,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         ConfigError: A value is outside its range. The message names the field and the range.
     """
 
+    preset: InitVar[str | None] = None
     bits: int | float = 4
     method: str = "lnq"
     guided: bool = True
@@ -132,6 +203,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50
+    reconstruct: bool | dict[str, Any] = False
     distill: bool | dict[str, Any] = False
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -151,7 +223,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     format_version: str = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # transformers declares an enum of its own methods
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, preset: str | None) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ConfigError("quant_method", self.quant_method, repr(QUANT_METHOD))
         check_method("method", self.method)
@@ -165,7 +237,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
         _check_int("kmeans_iterations", self.kmeans_iterations, 0, 1000)
-        self.distill = _distill_settings(self.distill)
+        self.reconstruct = _settings("reconstruct", self.reconstruct, ReconstructSpec)
+        self.distill = _settings("distill", self.distill, DistillSpec)
         _check_int("num_samples", self.num_samples, 1, 1_000_000)
         _check_int("seq_len", self.seq_len, 2, 2**20)
         _check_int("seed", self.seed, 0, 2**63 - 1)
@@ -196,7 +269,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         A checkpoint's config (it lists its ``modules``) can only set what is saved: a dataset, tokenizer or pattern
         in it is ignored, so that loading never fetches anything. Unknown keys are ignored with a warning.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
+        known = {"preset", *(f.name for f in dataclasses.fields(cls))}
         is_checkpoint = bool(config_dict.get("modules"))
         accepted = {*PERSISTED, "quant_method"} if is_checkpoint else known
         ignored = sorted(str(key) for key in config_dict if key not in accepted)
@@ -204,7 +277,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             logger.warning("Ignoring unknown or run-only keys of a guidedquant config: %s", ", ".join(ignored))
         config = cls(**{key: value for key, value in config_dict.items() if key in accepted})
         unused = config.update(**kwargs)
-        config.__post_init__()
+        config.__post_init__(None)
         return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
@@ -219,13 +292,18 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         # transformers deep-copies the model config that this one hangs on; a tokenizer or a generator of texts must
         # be shared, not copied.
         new = copy.copy(self)
-        for name in ("modules", "provenance", "overrides", "modules_to_not_convert", "distill"):
+        for name in ("modules", "provenance", "overrides", "modules_to_not_convert", "reconstruct", "distill"):
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         return new
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Settings that a user may pass when loading a model that is quantized already."""
         return {"cache_dequantized": self.cache_dequantized, "fuse_layers": self.fuse_layers}
+
+    @property
+    def reconstruct_spec(self) -> ReconstructSpec | None:
+        """How to train block by block; None if that is not to be done."""
+        return ReconstructSpec(**self.reconstruct) if isinstance(self.reconstruct, dict) else None
 
     @property
     def distill_spec(self) -> DistillSpec | None:
@@ -287,14 +365,14 @@ def _check_positive(field_name: str, value: object, high: float) -> None:
         raise ConfigError(field_name, value, f"a positive number up to {high}")
 
 
-def _distill_settings(value: object) -> bool | dict[str, Any]:
-    """``False``, or all settings of the distillation."""
-    names = [f.name for f in dataclasses.fields(DistillSpec)]
+def _settings(field_name: str, value: object, spec: type) -> bool | dict[str, Any]:
+    """``False``, or all settings of a kind of training."""
+    names = [f.name for f in dataclasses.fields(spec)]
     if value is False:
         return False
     if value is not True and not (isinstance(value, dict) and set(value) <= set(names)):
-        raise ConfigError("distill", value, "True, False or a dictionary with keys among " + ", ".join(names))
-    return dataclasses.asdict(DistillSpec(**(value if isinstance(value, dict) else {})))
+        raise ConfigError(field_name, value, "True, False or a dictionary with keys among " + ", ".join(names))
+    return dataclasses.asdict(spec(**(value if isinstance(value, dict) else {})))
 
 
 def _check_gibibytes(field_name: str, value: object) -> None:

@@ -5,7 +5,6 @@ KL(original ‖ quantized).
 """
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,13 +20,11 @@ from .calibration.collector import input_device
 from .config import DistillSpec
 from .divergence import Divergence
 from .nn import TrainedLinear, quantized_modules, replace_module
-from .running import checkpointed, evaluating, repeatable_backward
+from .running import checkpointed, evaluating, mixed_precision, repeatable_backward
+from .training import batches, rate, set_aside, shuffled
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
-
-# Share of the training in which the steps grow to their largest.
-_RISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,12 @@ def distill(
     workers = workers or Workers()
     generator = torch.Generator().manual_seed(seed)
     divergence = Divergence(model, rows, states)
-    usable = _shuffled(divergence.usable(), generator)
-    count = max(1, round(spec.held_back * len(usable)))
-    held_back, training = usable[:count], usable[count:]
+    training, held_back = set_aside(divergence.usable(), spec.held_back, generator)
     with ExitStack() as stack:
         codebooks = stack.enter_context(_trained_codebooks(model))
         stack.enter_context(evaluating(model))
         stack.enter_context(checkpointed(model))
+        stack.enter_context(mixed_precision(input_device(model)))
         stack.enter_context(repeatable_backward(input_device(model), partial(divergence.backward, training[:1])))
         optimizer = torch.optim.AdamW(_groups(codebooks, spec.learning_rate), betas=(0.9, 0.95), weight_decay=0.0)
         optimizer.zero_grad()
@@ -96,10 +92,10 @@ def distill(
         with tqdm(total=total, desc="Distilling", unit="token", unit_scale=True) as bar:
             for epoch in range(1, spec.epochs + 1):
                 summed = 0.0
-                for batch in _batches(rows, _shuffled(training, generator), spec.batch_tokens):
+                for batch in batches(rows, shuffled(training, generator), spec.batch_tokens):
                     tokens = divergence.tokens(batch)
                     summed += divergence.backward(batch)
-                    _step(optimizer, tokens, _rate((done + tokens / 2) / total))
+                    _step(optimizer, tokens, rate((done + tokens / 2) / total))
                     done += tokens
                     bar.update(tokens)
                 trained.append(summed / divergence.tokens(training))
@@ -110,7 +106,7 @@ def distill(
         for codebook, values in zip(codebooks, best, strict=True):
             workers.hand_over(values, 0)
             codebook.data.copy_(values)
-    return workers.tell(DistillReport(tuple(trained), tuple(found), best_epoch, count), 0)
+    return workers.tell(DistillReport(tuple(trained), tuple(found), best_epoch, len(held_back)), 0)
 
 
 @contextmanager
@@ -142,13 +138,6 @@ def _groups(codebooks: Sequence[nn.Parameter], learning_rate: float) -> list[dic
     return [{"params": [c], "largest": learning_rate * d} for c, d in zip(codebooks, spacings, strict=True)]
 
 
-def _rate(progress: float) -> float:
-    """Share of the largest step at a share of the training: a short rise, then half a cosine."""
-    if progress < _RISE:
-        return progress / _RISE
-    return 0.5 * (1 + math.cos(math.pi * (progress - _RISE) / (1 - _RISE)))
-
-
 def _step(optimizer: torch.optim.Optimizer, tokens: int, rate: float) -> None:
     """One step along the clipped mean of ``tokens`` summed gradients, or none if any is NaN or infinite."""
     parameters = []
@@ -161,22 +150,6 @@ def _step(optimizer: torch.optim.Optimizer, tokens: int, rate: float) -> None:
     if torch.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-
-
-def _batches(rows: Sequence[Tensor], order: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Rows in order, as many at a time as have so many tokens together."""
-    batch: list[int] = []
-    for index in order:
-        batch.append(index)
-        if sum(rows[i].numel() for i in batch) >= tokens:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
-    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
 
 def _copy(codebooks: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 The output head is not quantized, so it makes the original's logits of them again: one model in memory is enough.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +18,10 @@ from transformers.utils.logging import tqdm
 from .calibration.collector import MAX_BAD_ROWS, input_device
 from .errors import CalibrationError, ModelError
 from .running import evaluating
+from .training import stacks
 
-# Tokens whose logits exist at a time, and tokens of rows of one length that go through the model together.
-_LOGIT_TOKENS, _STACKED_TOKENS = 512, 8192
+# Tokens whose logits exist at a time.
+_LOGIT_TOKENS = 512
 # Tokens of a row whose logits are compared with the model's own.
 _COMPARED_TOKENS = 8
 
@@ -91,20 +92,11 @@ class Divergence:
         """
         total = 0.0
         with torch.enable_grad():
-            for stack in self._stacks(which):
+            for stack in stacks(self.rows, which):
                 summed = self._summed(stack)
                 summed.backward()
                 total += float(summed.detach())
         return total
-
-    def _stacks(self, which: Sequence[int]) -> Iterator[list[int]]:
-        """Rows that can go through the model together: of one length, and not too many."""
-        alike: dict[int, list[int]] = {}
-        for index in which:
-            alike.setdefault(self.rows[index].numel(), []).append(index)
-        for length, indices in alike.items():
-            size = max(1, _STACKED_TOKENS // length)
-            yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
     def _summed(self, stack: Sequence[int]) -> Tensor:
         """Summed KL of rows of one length, in pieces whose logits exist one at a time, forward and backward."""

@@ -40,6 +40,7 @@ from .fingerprint import environment, model_fingerprint, versions
 from .linears import size_of, stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan_layers
+from .reconstruct import check_blocks, reconstruct
 from .report import Report
 from .resources import free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -55,7 +56,8 @@ _WEIGHTS_SHARE = 0.7
 def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool = False) -> Report:
     """Quantize ``model`` in place and fill in ``config.modules`` and ``config.provenance``.
 
-    Nothing of the model changes before every layer is solved. Codebooks are trained afterwards, if at all.
+    Nothing of the model changes before every layer is solved and, if wanted, trained block by block. Codebooks are
+    distilled afterwards, if at all.
 
     Args:
         model: A causal language model.
@@ -86,6 +88,8 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
             layers_plan = within_budget(model, config, layers_plan, calibration, workers)
             workers.check_agreement(_common(model, config, layers_plan, calibration))
             drawn = outline_for(model, config, calibration)
+            if config.reconstruct:
+                check_blocks(model, drawn)
             work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
             segments, batches_of, finished = workers.tell(work, 0)
             relay = relay_for(model, config, drawn, segments, calibration, workers)
@@ -108,7 +112,23 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
                     finished[name] = tensors, report
                     if run_folder is not None:
                         run_folder.commit(tensors, report)
+        reconstruction = None
+        if calibration is not None and (how := config.reconstruct_spec) is not None:
+            with _timed("reconstruction", seconds):
+                layers = {name: tensors for name, (tensors, _) in finished.items()}
+                trained, reconstruction = reconstruct(
+                    model,
+                    drawn,
+                    calibration.rows,
+                    layers,
+                    how,
+                    seed=config.seed,
+                    place=place_for(config),
+                    workers=workers,
+                )
+                finished = {name: (trained[name], report) for name, (_, report) in finished.items()}
     summary = _summary(model, layers_plan, finished, seconds)
+    summary.reconstruction = reconstruction
     config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
     config.provenance = _provenance(model, config, calibration)
     summary.settings = config.to_dict()
@@ -263,7 +283,7 @@ def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) ->
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:
     """Token rows, if anything needs data."""
-    if not (layers_plan.needs_data or config.distill or isinstance(config.bits, float)):
+    if not (layers_plan.needs_data or config.reconstruct or config.distill or isinstance(config.bits, float)):
         return None
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     calibration = load_rows(

@@ -10,6 +10,7 @@ from typing import Any
 from .config import GuidedQuantConfig
 from .distill import DistillReport
 from .plan import LayerPlan, Plan
+from .reconstruct import ReconstructReport
 from .solvers import SOLVERS
 
 REPORT_FILE = "guidedquant_report.json"
@@ -59,7 +60,8 @@ class Report:
         bits_per_weight: Mean over the quantized weights, codebooks included.
         seconds: Stage -> time.
         settings: The persisted config.
-        distillation: What training the codebooks did; None if they were not trained.
+        reconstruction: What training block by block did; None if there was none.
+        distillation: What training the codebooks end to end did; None if they were not trained.
         measured: Anything measured on the model afterwards, e.g. ``{"perplexity": 23.1}``.
     """
 
@@ -71,6 +73,7 @@ class Report:
     bits_per_weight: float
     seconds: dict[str, float]
     settings: dict[str, Any] = field(default_factory=dict)
+    reconstruction: ReconstructReport | None = None
     distillation: DistillReport | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -109,6 +112,8 @@ class Report:
         ]
         if repaired:
             lines.append("layers with " + ", ".join(repaired))
+        if self.reconstruction is not None:
+            lines.append(f"reconstructed: {self.reconstruction.describe()}")
         if self.distillation is not None:
             lines.append(f"distilled: {self.distillation.describe()}")
         lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
@@ -190,6 +195,7 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
         "| | |",
         "|---|---|",
         f"| method | {settings['method']}{', guided by the end loss' if guided else ''}"
+        f"{', blocks reconstructed' if settings.get('reconstruct') else ''}"
         f"{', codebooks distilled' if settings.get('distill') else ''} |",
     ]
     if report is not None:
@@ -197,6 +203,8 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
             f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
             f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
         ]
+        if report.reconstruction is not None:
+            lines.append(f"| reconstructed | {report.reconstruction.describe()} |")
         if report.distillation is not None:
             lines.append(f"| distilled | {report.distillation.describe()} |")
         lines += [f"| {name} | {value} |" for name, value in report.measured.items()]

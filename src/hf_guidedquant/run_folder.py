@@ -29,9 +29,9 @@ _ABOUT = (
     "A run of hf-guidedquant. The same call with the same run_dir goes on where it was interrupted. "
     "Delete this folder when the model is saved."
 )
-# Modules and provenance are results of the run. Solved layers do not depend on the distillation, which starts over from
+# Modules and provenance are results of the run. Solved layers do not depend on the training, which starts over from
 # them whenever the run does.
-_NOT_OF_LAYERS = ("modules", "provenance", "distill")
+_NOT_OF_LAYERS = ("modules", "provenance", "reconstruct", "distill")
 _SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), "num_samples", "seq_len", "seed")
 
 # A layer's packed tensors, and its entry of the report.

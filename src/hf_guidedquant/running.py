@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -42,6 +42,13 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = own
+
+
+def mixed_precision(device: torch.device) -> AbstractContextManager:
+    """Products in bf16 on GPUs that have it, whatever the model's dtype: training needs no more, and fp16 overflows."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return nullcontext()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from .collector import LayerStatistics
 from .outline import Outline, outline
+from .passage import Passage, Shelf
 from .relay import Relay
 from .rows import Calibration, load_rows
 from .segments import Footprint, Segment, divide, gather, outline_for, place_for, relay_for
@@ -12,8 +13,10 @@ __all__ = [
     "Footprint",
     "LayerStatistics",
     "Outline",
+    "Passage",
     "Relay",
     "Segment",
+    "Shelf",
     "StatisticsStore",
     "divide",
     "gather",

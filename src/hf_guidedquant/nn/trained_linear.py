@@ -33,11 +33,12 @@ class TrainedLinear(nn.Module):
 
     def stored_codebook(self) -> Tensor:
         """The codebook in the dtype that it is stored in."""
-        limit = torch.finfo(self.lut_dtype).max
-        return self.codebook.detach().clamp(-limit, limit).to(self.lut_dtype)
+        return stored(self.codebook, self.lut_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features]`` in x's dtype."""
+        """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y = _Product.apply(x, self.codebook, self.stored_codebook(), self.planes)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -50,6 +51,12 @@ class TrainedLinear(nn.Module):
             ranks = order.argsort(dim=-1).to(torch.uint8)
             planes = pack_codes(ranks.gather(1, codes.long()), planes.shape[0])
         return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.in_features, self.bias)
+
+
+def stored(codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """A codebook in the dtype that it is stored in, without gradient; what is too large becomes the largest."""
+    limit = torch.finfo(dtype).max
+    return codebook.detach().clamp(-limit, limit).to(dtype)
 
 
 class _Product(torch.autograd.Function):

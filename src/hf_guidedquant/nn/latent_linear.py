@@ -1,0 +1,96 @@
+"""A quantized layer while its codes and its codebook are trained."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..triton_kernels import pack_codes, unpack_codes
+from .guided_linear import GuidedLinear
+from .trained_linear import stored
+
+# How near to the end of its codeword's reach a weight may start, in shares of the way there.
+_REACH = 0.5
+
+
+class LatentLinear(nn.Module):
+    """Takes a :class:`GuidedLinear`'s place: every weight is the codeword next to a latent number, which can move.
+
+    Gradients go straight through to the latent numbers. They start where the original weights are, but not outside of
+    the inner half of what is nearest to the weight's own codeword: so the layer starts as it was solved, with
+    codes that are not the nearest included.
+
+    Args:
+        layer: The solved layer.
+        weight: The original's ``[out_features, in_features]``, any float dtype.
+
+    Attributes:
+        codebook: fp32 ``[out_features, 2**bits]``, ascending.
+        latent: fp32 ``[out_features, in_features]``.
+    """
+
+    def __init__(self, layer: GuidedLinear, weight: Tensor) -> None:
+        super().__init__()
+        self.lut_dtype, self.bits, self.bias = layer.lut.dtype, layer.bits, layer.bias
+        codebook = layer.lut.detach().float()
+        codes = unpack_codes(layer.bit_planes(), layer.in_features).long()
+        ends = codebook.new_full((len(codebook), 1), torch.inf)
+        borders = torch.cat([-ends, _borders(codebook), ends], dim=1)
+        own = codebook.gather(1, codes)
+        low, high = (own + _REACH * (borders.gather(1, codes + side) - own) for side in (0, 1))
+        self.codebook = nn.Parameter(codebook.clone())
+        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight.detach().float(), low), high).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Sort the codebook after a step. Latent numbers keep their places; their codewords may be others then."""
+        self.codebook.copy_(self.codebook.sort(dim=-1).values)
+
+    @property
+    def spacing(self) -> float:
+        """Mean distance between neighbouring codewords."""
+        return float(self.codebook.detach().diff(dim=-1).abs().mean())
+
+    def quantized(self) -> GuidedLinear:
+        """The layer as it is now."""
+        lut = stored(self.codebook, self.lut_dtype)
+        codes = _codes(self.latent.detach(), lut.float())
+        planes = pack_codes(codes.to(torch.uint8), self.bits)
+        return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.latent.shape[1], self.bias)
+
+
+def _borders(codebook: Tensor) -> Tensor:
+    """Where the nearest codeword changes: ``[N, L] -> [N, L - 1]``."""
+    return (codebook[:, 1:] + codebook[:, :-1]) / 2
+
+
+def _codes(latent: Tensor, codebook: Tensor) -> Tensor:
+    """Numbers of the nearest codewords, int32 ``[N, K]``."""
+    return torch.searchsorted(_borders(codebook), latent, out_int32=True)
+
+
+class _Nearest(torch.autograd.Function):
+    """The weight in the codewords nearest to the latent numbers, as they would be stored."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, codebook: Tensor, lut_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+        lut = stored(codebook, lut_dtype).float()
+        codes = _codes(latent, lut)
+        ctx.save_for_backward(codes.to(torch.uint8))
+        ctx.levels = lut.shape[1]
+        return lut.gather(1, codes.long()).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        (codes,) = ctx.saved_tensors
+        grad = grad.float()
+        sums = [torch.where(codes == level, grad, 0.0).sum(dim=1) for level in range(ctx.levels)]
+        return grad, torch.stack(sums, dim=1), None, None

@@ -1,0 +1,307 @@
+"""Decoder blocks trained one after the other: codes and codebooks learn to give what the original block gives.
+
+Layer-wise solutions do not know what their neighbours have lost. Here every block reads what the quantized blocks
+before it give, and its quantized layers are trained until it gives what the original gives, as near as can be: the
+loss is the squared error of the hidden states that leave it. Codes move by straight-through gradients of latent
+weights (block-wise reconstruction as in BRECQ, Li et al. 2021, and EfficientQAT, Chen et al. 2024, here on codebooks).
+One block's weights are trained at a time, so that it takes little memory whatever the size of the model.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from .calibration import Outline, Passage, Shelf
+from .config import ReconstructSpec
+from .errors import ModelError
+from .linears import dense_weight
+from .nn import GuidedLinear, LatentLinear, replace_module
+from .running import mixed_precision, repeatable_backward
+from .training import batches, rate, set_aside, shuffled, stacks
+from .triton_kernels import unpack_codes
+from .workers import Workers
+
+logger = logging.getLogger(__name__)
+
+# The tensors of a solved layer, by its name (see :func:`hf_guidedquant.formats.lut.encode`).
+Layers = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What training did to a decoder block, on rows that it was not trained on.
+
+    Attributes:
+        name: Of the block.
+        solved, trained: Squared error of the hidden states that leave it, relative to the sum of their squares, before
+            and after. The solved layers were kept if they were the better ones.
+        moved: Share of the codes that are others now.
+    """
+
+    name: str
+    solved: float
+    trained: float
+    moved: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether training helped."""
+        return self.trained < self.solved
+
+
+@dataclass(frozen=True)
+class ReconstructReport:
+    """What training did, block by block."""
+
+    blocks: tuple[BlockReport, ...]
+
+    def describe(self) -> str:
+        """One line for readers."""
+        count = len(self.blocks)
+        solved, trained = (sum(getattr(b, which) for b in self.blocks) / count for which in ("solved", "trained"))
+        moved = sum(block.moved for block in self.blocks if block.kept) / count
+        better = sum(block.kept for block in self.blocks)
+        return (
+            f"error of a block {solved:.4f} -> {trained:.4f} on rows held back, {moved:.1%} of the codes moved "
+            f"({better} of {count} blocks are better)"
+        )
+
+
+def check_blocks(model: PreTrainedModel, drawn: Outline) -> None:
+    """Refuse a model that cannot be run block by block.
+
+    Raises:
+        ModelError: Saying what to do instead.
+    """
+    if not drawn.blocks:
+        raise ModelError(
+            f"{type(model).__name__} cannot be run one decoder block at a time, so it cannot be reconstructed. "
+            "Use reconstruct=False; distill=True works."
+        )
+
+
+def reconstruct(
+    model: PreTrainedModel,
+    drawn: Outline,
+    rows: Sequence[Tensor],
+    layers: Mapping[str, dict[str, Tensor]],
+    spec: ReconstructSpec,
+    *,
+    seed: int = 0,
+    place: Callable[[torch.device], torch.device] = lambda device: device,
+    workers: Workers | None = None,
+) -> tuple[Layers, ReconstructReport]:
+    """Train solved layers, block by block.
+
+    Args:
+        model: The original; it is as it was afterwards.
+        drawn: Its decoder blocks.
+        rows: Token ids, int64 ``[T]`` each, two at least. Rows whose hidden states are NaN or infinite are left out.
+        layers: Tensors of the solved layers, by name. Those outside of the blocks are left as they are.
+        spec: How to train.
+        seed: Of the order of the rows, and of the choice of those held back.
+        place: Where the work on weights of a device is done.
+        workers: Processes that quantize together; all do the same work, and end with the first one's layers.
+
+    Returns:
+        Tensors of the same layers, on the CPU, and what training did.
+    """
+    workers = workers or Workers()
+    passage, shelf = Passage(model, drawn, place), Shelf()
+    generator = torch.Generator().manual_seed(seed)
+    training, held_back = set_aside(range(len(rows)), spec.held_back, generator)
+    found, reports = {name: dict(tensors) for name, tensors in layers.items()}, []
+    with torch.no_grad(), passage.only(0, 0):
+        original = _through(passage, shelf, rows, None)
+    quantized = original
+    total = len(drawn.blocks) * spec.epochs * sum(rows[index].numel() for index in training)
+    with tqdm(total=total, desc="Reconstructing", unit="token", unit_scale=True) as bar:
+        for number, name in enumerate(drawn.blocks):
+            own = [layer for layer in layers if layer.startswith(name + ".")]
+            with passage.only(number, number + 1, head=False), mixed_precision(passage.device):
+                targets = _through(passage, shelf, rows, original)
+                best: dict[str, GuidedLinear] = {}
+                if own:
+                    solved = {layer: _quantized(model, layer, found[layer], passage.device) for layer in own}
+                    block = _Block(model, passage, rows, quantized, targets, spec)
+                    trained, report = block.train(name, solved, training, held_back, generator, bar.update)
+                    report = workers.tell(report, 0)
+                    best = trained if report.kept else solved
+                    reports.append(report)
+                    logger.info("Reconstructed %s: error %.4f -> %.4f", name, report.solved, report.trained)
+                for layer, module in best.items():
+                    for key, tensor in (("weight", module.weight.data), ("lut", module.lut.data)):
+                        workers.hand_over(tensor, 0)
+                        found[layer][key] = tensor.cpu()
+                with _in_their_places(model, best):
+                    quantized = _through(passage, shelf, rows, quantized)
+                original = targets
+    return found, ReconstructReport(tuple(reports))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block to be trained: what it reads, and what it should give, of every row."""
+
+    model: PreTrainedModel
+    passage: Passage
+    rows: Sequence[Tensor]
+    entering: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    spec: ReconstructSpec
+
+    def train(
+        self,
+        name: str,
+        solved: Mapping[str, GuidedLinear],
+        training: Sequence[int],
+        held_back: Sequence[int],
+        generator: torch.Generator,
+        report: Callable[[int], object],
+    ) -> tuple[dict[str, GuidedLinear], BlockReport]:
+        """The solved layers, trained on some rows, and what that did to others; ``report`` is told of tokens done."""
+        device = self.passage.device
+        latent = {
+            layer: LatentLinear(module, dense_weight(self.model.get_submodule(layer)).to(device))
+            for layer, module in solved.items()
+        }
+        with _in_their_places(self.model, latent):
+            before = self._error(held_back)
+            self._optimize(list(latent.values()), self._usable(training), generator, report)
+            after = self._error(held_back)
+        trained = {layer: module.quantized() for layer, module in latent.items()}
+        return trained, BlockReport(name, before, after, _moved(solved, trained))
+
+    def _optimize(
+        self,
+        layers: Sequence[LatentLinear],
+        which: Sequence[int],
+        generator: torch.Generator,
+        report: Callable[[int], object],
+    ) -> None:
+        spec = self.spec
+        groups = [
+            {"params": [parameter], "largest": step * layer.spacing}
+            for layer in layers
+            for parameter, step in ((layer.codebook, spec.learning_rate), (layer.latent, spec.latent_learning_rate))
+        ]
+        # How large gradients are depends on the model; what is tiny for one is not for another.
+        optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-20, fused=self.passage.device.type == "cuda"
+        )
+        done, total = 0, spec.epochs * sum(self.rows[index].numel() for index in which)
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_only_these(self.model, layers))
+            stack.enter_context(repeatable_backward(self.passage.device, lambda: self._backward(which[:1])))
+            optimizer.zero_grad()
+            for _ in range(spec.epochs):
+                for batch in batches(self.rows, shuffled(which, generator), spec.batch_tokens):
+                    tokens = sum(self.rows[index].numel() for index in batch)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate((done + tokens / 2) / total) * group["largest"]
+                    self._backward(batch)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    for layer in layers:
+                        layer.settle()
+                    done += tokens
+                    report(tokens)
+
+    @torch.no_grad()
+    def _error(self, which: Sequence[int]) -> float:
+        """Squared error over some rows, relative to the squares of what the original gives."""
+        parts = [torch.stack(self._squared(stack)) for stack in stacks(self.rows, self._usable(which))]
+        error, square = torch.stack(parts).sum(dim=0).tolist()
+        return error / max(square, 1e-300)
+
+    def _backward(self, batch: Sequence[int]) -> None:
+        for stack in stacks(self.rows, batch):
+            self._squared(stack)[0].backward()
+
+    def _squared(self, stack: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Squared error of rows of one length, and the squares of what the original gives."""
+        given = _run(self.passage, self.rows, stack, self.entering)
+        wanted = _together(self.targets, stack, given.device).float()
+        return (given.float() - wanted).square().sum(), wanted.square().sum()
+
+    def _usable(self, which: Sequence[int]) -> list[int]:
+        """Rows whose hidden states are finite; all, if there are none."""
+        good = [
+            i for i in which if bool(torch.isfinite(self.targets[i]).all() & torch.isfinite(self.entering[i]).all())
+        ]
+        return good or list(which)
+
+
+def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: Sequence[Tensor] | None) -> list[Tensor]:
+    """What leaves the part of every row, ``[T, hidden]`` on the CPU."""
+    found: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for stack in stacks(rows, range(len(rows))):
+            left = _run(passage, rows, stack, states)
+            found |= {index: shelf.put(row) for index, row in zip(stack, left, strict=True)}
+    shelf.settle()
+    return [found[index] for index in range(len(rows))]
+
+
+def _run(passage: Passage, rows: Sequence[Tensor], stack: Sequence[int], states: Sequence[Tensor] | None) -> Tensor:
+    entering = None if states is None else _together(states, stack, passage.device)
+    return passage.run([rows[index] for index in stack], entering)
+
+
+def _together(states: Sequence[Tensor], stack: Sequence[int], device: torch.device) -> Tensor:
+    """Rows as one batch on a device."""
+    return torch.stack([states[index].to(device, non_blocking=True) for index in stack])
+
+
+def _quantized(model: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> GuidedLinear:
+    """A solved layer with the original's bias."""
+    module = model.get_submodule(name)
+    there = {key: tensor.to(device) for key, tensor in tensors.items()}
+    return GuidedLinear.from_tensors(there, dense_weight(module).shape[1], module.bias)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _in_their_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Other layers for a while."""
+    before = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, module in layers.items():
+            replace_module(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
+
+
+@contextmanager
+def _only_these(model: nn.Module, layers: Sequence[LatentLinear]) -> Iterator[None]:
+    """Gradients of the layers' codebooks and latent numbers only."""
+    trained = {id(parameter) for layer in layers for parameter in (layer.codebook, layer.latent)}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _moved(before: Mapping[str, GuidedLinear], after: Mapping[str, GuidedLinear]) -> float:
+    """Share of the codes that differ."""
+    moved = count = 0
+    for name, layer in before.items():
+        codes, others = (unpack_codes(one.bit_planes(), one.in_features) for one in (layer, after[name]))
+        moved += int((codes != others).sum())
+        count += codes.numel()
+    return moved / count
+
+
+__all__ = ["BlockReport", "ReconstructReport", "check_blocks", "reconstruct"]

@@ -1,0 +1,55 @@
+"""What training on rows has in common: their order, how many go together, and how large the steps are."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+# Tokens of rows of one length that go through the model together, at most, and share of the training in which the
+# steps grow to their largest.
+_STACKED_TOKENS, _RISE = 8192, 0.1
+
+
+def shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
+    """The items in random order."""
+    return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
+
+
+def set_aside(items: Sequence[int], share: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Items to learn from, and others, one at least, to tell how well they were learned from."""
+    order = shuffled(items, generator)
+    count = max(1, round(share * len(order)))
+    return order[count:], order[:count]
+
+
+def batches(rows: Sequence[Tensor], order: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of rows in order, as many at a time as have so many tokens together."""
+    batch: list[int] = []
+    for index in order:
+        batch.append(index)
+        if sum(rows[i].numel() for i in batch) >= tokens:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def stacks(rows: Sequence[Tensor], which: Sequence[int]) -> Iterator[list[int]]:
+    """Numbers of rows that can go through a model together: of one length, and not too many."""
+    alike: dict[int, list[int]] = {}
+    for index in which:
+        alike.setdefault(rows[index].numel(), []).append(index)
+    for length, indices in alike.items():
+        size = max(1, _STACKED_TOKENS // length)
+        yield from (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def rate(progress: float) -> float:
+    """Share of the largest step at a share of the training: a short rise, then half a cosine."""
+    if progress < _RISE:
+        return progress / _RISE
+    return 0.5 * (1 + math.cos(math.pi * (progress - _RISE) / (1 - _RISE)))
+
+
+__all__ = ["batches", "rate", "set_aside", "shuffled", "stacks"]

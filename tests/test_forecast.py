@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.calibration import outline
 from hf_guidedquant.calibration.outline import Memory
 from hf_guidedquant.errors import ModelError, NoLinearLayersError
 from hf_guidedquant.linears import tensors_of
@@ -53,6 +54,24 @@ def test_memory_of_long_rows_within_15_percent(guided):
     with Memory() as used:
         hf_guidedquant.quantize(model, settings)
     assert planned == pytest.approx(dense + used.peak(), rel=0.15)
+
+
+@pytest.mark.parametrize("tokens", [33, 512])
+@pytest.mark.parametrize("method", ["rtn", "lnq"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_memory_of_a_reconstruction_is_at_most_half_less(architecture, method, tokens):
+    model = tiny_model(architecture)
+    if architecture == "llama":
+        model.config.max_position_embeddings = 1024
+    else:
+        tokens = min(tokens, 64)
+    settings = config(
+        method=method, dataset=token_rows(8, tokens), seq_len=tokens, num_groups=1, reconstruct={"epochs": 1}
+    )
+    dense, planned = size_of(model), plan(model, settings).memory["cpu"]
+    with Memory() as used:
+        hf_guidedquant.quantize(model, settings)
+    assert 0.95 <= planned / (dense + used.peak()) <= 1.5
 
 
 def test_memory_of_a_divided_model_within_15_percent():
@@ -109,10 +128,15 @@ def test_a_probe_tells_the_time_and_the_table_tells_it_all():
     for expected in ("down_proj  2", "64 x 96", "1 left alone: output head", "GiB on cpu; 1 segment", "solving"):
         assert expected in few.table()
     assert "calibration" not in hf_guidedquant.plan(model, config(method="rtn")).seconds
+    few, many = (hf_guidedquant.plan(model, config(reconstruct={"epochs": n})).seconds for n in (1, 100))
+    assert many["reconstruction"] > 5 * few["reconstruction"] > 0
 
 
-def test_what_cannot_work_is_refused():
+def test_what_cannot_work_is_refused(monkeypatch):
     with pytest.raises(ModelError, match="Raise max_memory"):
         plan(tiny_model(), config(max_memory=1e-6))
     with pytest.raises(NoLinearLayersError):
         plan(tiny_model(), config(modules_to_not_convert=["layers"]))
+    monkeypatch.setitem(outline.__globals__, "GradientCheckpointingLayer", type("Nothing", (), {}))
+    with pytest.raises(ModelError, match="reconstruct=False"):
+        plan(tiny_model(), config(reconstruct=True))

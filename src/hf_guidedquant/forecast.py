@@ -12,18 +12,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .calibration import Footprint, Outline, divide, outline
-from .config import GuidedQuantConfig
+from .config import GuidedQuantConfig, ReconstructSpec
 from .errors import ModelError
 from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
+from .reconstruct import check_blocks
 from .report import align, sizes
 from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
 from .solvers import SOLVERS, SolverSpec
 from .solvers.hessian import condition
 from .solving import solver_work
+from .training import held_back, stack_size
 
 # Of the symmetric products for Hessians, what is computed.
 _GRAM_SHARE = 0.63
+# Bytes read and written per weight for codes, codewords, gradients and the optimizer in a step of training.
+_STEP_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -94,17 +98,29 @@ def plan(
         return compute_device(home(stored), config.device)
 
     tokens = min(config.seq_len, getattr(subject.config.get_text_config(), "max_position_embeddings", config.seq_len))
-    drawn = outline(subject, tokens, config.guided, place) if decided.needs_data else Outline()
+    needs_data = decided.needs_data or bool(config.reconstruct)
+    drawn = outline(subject, tokens, config.guided, place) if needs_data else Outline()
+    if config.reconstruct:
+        check_blocks(subject, drawn)
     footprint = Footprint(subject, decided.layers, drawn, place, home)
     borders = [(segment.start, segment.stop) for segment in divide(footprint, config, config.num_samples)]
     memory: Counter[torch.device] = Counter(footprint.resident)
     for start, stop in borders:
         for where, need in footprint(start, stop).items():
             memory[where] = max(memory[where], footprint.resident[where] + need)
+    waiting = len(borders) - 1
+    if (spec := config.reconstruct_spec) is not None:
+        trained = config.num_samples - held_back(config.num_samples, spec.held_back)
+        stack = min(trained, stack_size(tokens, spec.batch_tokens))
+        itemsize = 2 if device.type == "cuda" else subject.dtype.itemsize
+        for where, need in footprint.reconstruction(stack, itemsize).items():
+            memory[where] = max(memory[where], footprint.resident[where] + need)
+        # The original's and the quantized blocks', and those that leave the block.
+        waiting = max(waiting, 3)
     # Outside wait weights, hidden states between segments, and what is finished.
     memory[torch.device("cpu")] += (
         sum(tensor.nbytes for tensor in tensors_of(subject) if home(tensor.device) != place(tensor.device))
-        + (len(borders) - 1) * config.num_samples * drawn.border
+        + waiting * config.num_samples * drawn.border
         + sum(layer.packed_bytes for layer in decided.layers)
     )
     seconds = {}
@@ -115,6 +131,8 @@ def plan(
         )
     if probe:
         seconds["solving"] = _solving_seconds(decided.layers, config, device)
+    if probe and spec is not None:
+        seconds["reconstruction"] = _training_seconds(drawn, decided.layers, config.num_samples, spec, device, subject)
     return Forecast(
         **{part.name: getattr(decided, part.name) for part in fields(Plan)},
         segments=len(borders),
@@ -149,6 +167,23 @@ def _row_seconds(
         if layer.statistics == "hessian":
             total += machine.seconds(int(2 * _GRAM_SHARE * tokens * layer.num_groups * layer.in_features**2), 0)
     return total
+
+
+def _training_seconds(
+    drawn: Outline, layers: Sequence[LayerPlan], rows: int, spec: ReconstructSpec, device: torch.device, model: Any
+) -> float:
+    """Seconds that training block by block takes: rows forward and backward, and every step on the weights."""
+    machine = _Machine(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
+    stack = stack_size(drawn.tokens, spec.batch_tokens)
+    forward, backward = (
+        sum(machine.seconds(stack * op.flops, stack * op.nbytes) for op in drawn.work if op.backward is which) / stack
+        for which in (False, True)
+    )
+    # Without a guided pass its backward half is not known; either way the weights' gradients come on top of it.
+    trained = (1 - spec.held_back) * rows * spec.epochs
+    steps = trained * drawn.tokens / max(spec.batch_tokens, drawn.tokens)
+    each = sum(machine.seconds(0, _STEP_BYTES * layer.weights) for layer in layers)
+    return 3 * rows * forward + trained * (2 * forward + (backward or forward)) + steps * each
 
 
 class _Machine:

@@ -139,9 +139,9 @@ def reconstruct(
                     for key, tensor in (("weight", module.weight.data), ("lut", module.lut.data)):
                         workers.hand_over(tensor, 0)
                         found[layer][key] = tensor.cpu()
+                original = targets
                 with _in_their_places(model, best):
                     quantized = _through(passage, shelf, rows, quantized)
-                original = targets
     return found, ReconstructReport(tuple(reports))
 
 

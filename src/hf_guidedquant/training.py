@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Tokens of rows of one length that go through the model together, at most, and share of the training in which the
-# steps grow to their largest.
-_STACKED_TOKENS, _RISE = 8192, 0.1
+# Tokens of rows of one length that go through the model together, at most.
+_STACKED_TOKENS = 8192
+# Share of the training in which the steps grow to their largest.
+_RISE = 0.1
 
 
 def shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
@@ -16,10 +17,15 @@ def shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
     return [items[index] for index in torch.randperm(len(items), generator=generator).tolist()]
 
 
+def held_back(count: int, share: float) -> int:
+    """How many of so many rows are not trained on: one at least."""
+    return max(1, round(share * count))
+
+
 def set_aside(items: Sequence[int], share: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
     """Items to learn from, and others, one at least, to tell how well they were learned from."""
     order = shuffled(items, generator)
-    count = max(1, round(share * len(order)))
+    count = held_back(len(order), share)
     return order[count:], order[:count]
 
 
@@ -45,6 +51,11 @@ def stacks(rows: Sequence[Tensor], which: Sequence[int]) -> Iterator[list[int]]:
         yield from (indices[start : start + size] for start in range(0, len(indices), size))
 
 
+def stack_size(length: int, tokens: int) -> int:
+    """Rows of a length that go through a model together, of batches with so many tokens."""
+    return max(1, min(_STACKED_TOKENS // length, -(-tokens // length)))
+
+
 def rate(progress: float) -> float:
     """Share of the largest step at a share of the training: a short rise, then half a cosine."""
     if progress < _RISE:
@@ -52,4 +63,4 @@ def rate(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - _RISE) / (1 - _RISE)))
 
 
-__all__ = ["batches", "rate", "set_aside", "shuffled", "stacks"]
+__all__ = ["batches", "held_back", "rate", "set_aside", "shuffled", "stack_size", "stacks"]

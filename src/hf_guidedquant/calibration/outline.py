@@ -75,6 +75,10 @@ class Outline:
             worst = max(worst, total + self.extra[block])
         return max(worst, total + self.after) if not blocks or blocks[-1] == len(self.blocks) - 1 else worst
 
+    def block_bytes(self, block: int) -> int:
+        """Bytes that a row takes at the worst moment in a block alone."""
+        return self.before + self.kept[block] + self.extra[block]
+
 
 def outline(
     model: PreTrainedModel, tokens: int, guided: bool, place: Callable[[torch.device], torch.device]

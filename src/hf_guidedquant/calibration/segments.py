@@ -105,6 +105,27 @@ class Footprint:
             found[device] += max(weights + row, self._solver(here, device))
         return found
 
+    def reconstruction(self, rows: int, itemsize: int) -> Counter[torch.device]:
+        """Bytes that training the largest block takes at most, beside what is always there.
+
+        An upper bound: what rows take is what they do with gradients all the way, which here begin at the first layer.
+
+        Args:
+            rows: That go through the block together.
+            itemsize: Bytes of a number in products.
+        """
+        found = Counter[torch.device]()
+        for number, layers in enumerate(self.layers if self.outline.blocks else []):
+            row = self.outline.block_bytes(number)
+            for device in {device for device, _ in self._kinds[number]}:
+                sizes = [layer.weights for layer in layers]
+                # A latent weight and the two moments of its gradient; then the gradient, or code and codeword.
+                kept = (12 + max(4, 1 + itemsize)) * sum(sizes)
+                # Codes on the way to codewords, one layer at a time.
+                need = self._moved[device] + self._block_moved[number][device] + kept + 16 * max(sizes) + rows * row
+                found[device] = max(found[device], need)
+        return found
+
     def _solver(self, blocks: Sequence[int], device: torch.device) -> int:
         """Bytes that the largest batch of alike layers takes to be solved."""
         kinds = sum((self._kinds[number] for number in blocks), Counter[tuple[torch.device, LayerPlan]]())

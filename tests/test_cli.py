@@ -24,7 +24,7 @@ from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
-COMMANDS = ["plan", "quantize", "evaluate", "inspect", "chat"]
+COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]
 QUICK = ["--method", "squeezellm", "--num-samples", "4", "--seq-len", "32"]
 
 

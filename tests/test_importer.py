@@ -505,8 +505,10 @@ def test_a_missing_shard_is_named(published, tmp_path):
     refused(folder, tmp_path / "out", errors.CheckpointError, shard.name, "missing")
 
 
-def test_a_folder_without_a_model_and_a_name_that_is_none(tmp_path):
+def test_a_folder_without_a_model_and_a_name_that_is_none(intact, tmp_path):
     refused(tmp_path, tmp_path / "out", errors.CheckpointError, "no config.json")
+    (tmp_path / "config.json").write_text((intact / "config.json").read_text())
+    refused(tmp_path, tmp_path / "out", errors.CheckpointError, "neither model.safetensors nor", "pytorch_model.bin")
     refused("no such/folder/here", tmp_path / "out", errors.CheckpointError, "no folder", "Hub")
 
 

@@ -52,13 +52,12 @@ def weight_files(folder: Path, pickled: bool = False) -> list[Path]:
     Raises:
         CheckpointError: There is neither, or the index cannot be read.
     """
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if pickled and not whole.is_file() and not index.is_file():
-        whole, index = folder / WEIGHTS_NAME, folder / WEIGHTS_INDEX_NAME
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}. Download the model again.")
+    known = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *([WEIGHTS_NAME, WEIGHTS_INDEX_NAME] if pickled else [])]
+    index = next((folder / name for name in known if (folder / name).is_file()), None)
+    if index is None:
+        raise CheckpointError(f"{folder} has neither {' nor '.join(known)}. Download the model again.")
+    if index.suffix in (SAFETENSORS, PICKLED):
+        return [index]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(names)]
@@ -103,7 +102,9 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
                 spec = TensorSpec(tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.complex64))
                 end = entry["data_offsets"][1]
             except (TypeError, KeyError, IndexError) as error:
-                raise DamagedFileError(f"{path.name}: the header entry of {name!r} is malformed.") from error
+                raise DamagedFileError(
+                    f"{path.name}: the header entry of {name!r} is malformed. Download it again."
+                ) from error
             if not isinstance(end, int) or end > data_bytes:
                 raise DamagedFileError(
                     f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again."
@@ -124,9 +125,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (struct.error, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise DamagedFileError(f"{path.name} is no readable safetensors file: {error}") from error
+        raise DamagedFileError(f"{path.name} is no readable safetensors file: {error}. Download it again.") from error
     if not isinstance(header, dict):
-        raise DamagedFileError(f"{path.name}: the header is not a table of tensors.")
+        raise DamagedFileError(f"{path.name}: the header is not a table of tensors. Download it again.")
     return header, size - 8 - length
 
 

@@ -23,7 +23,7 @@ from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
-COMMANDS = ["plan", "quantize", "evaluate", "inspect", "chat"]
+COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]
 QUICK = ["--method", "squeezellm", "--num-samples", "4", "--seq-len", "32"]
 
 
@@ -245,7 +245,7 @@ def test_verify_finds_codebooks_that_are_not_finite(capsys, copy):
     damage(copy, LUT, lambda lut: lut.index_fill(0, torch.tensor([1]), float("nan")))
     printed(capsys, "inspect", str(copy))
     message = refused(capsys, "inspect", str(copy), "--verify")
-    assert message.startswith("CheckpointError: ") and LUT in message
+    assert message.startswith("NonFiniteTensorError: ") and LUT in message
 
 
 @pytest.mark.parametrize("change", [lambda lut: lut[:, :4].contiguous(), lambda lut: lut.float()])
@@ -276,26 +276,26 @@ def config_with(**changes):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
+    ("change", "error", "problem"),
     [
-        (cut, "truncated"),
-        (index_of("[]"), "no readable index"),
-        (index_of('{"weight_map": {}}'), "names no files"),
-        (index_of('{"weight_map": {"x": "../x.safetensors"}}'), "outside the model's folder"),
-        (config_with(architectures=["pipeline"]), "no model class 'pipeline'"),
-        (config_with(architectures=5), "describes no model"),
-        (config_with(num_attention_heads=0), "describes no model"),
-        (config_with(num_hidden_layers="two"), "describes no model"),
-        (config_with(num_hidden_layers=3), "missing: model.layers.2"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
-        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{}"), "describes no model"),
+        (cut, "DamagedFileError", "truncated"),
+        (index_of("[]"), "CheckpointError", "no readable index"),
+        (index_of('{"weight_map": {}}'), "CheckpointError", "names no files"),
+        (index_of('{"weight_map": {"x": "../x.safetensors"}}'), "UnsafeFileError", "outside the model's folder"),
+        (config_with(architectures=["pipeline"]), "UnknownArchitectureError", "no model class 'pipeline'"),
+        (config_with(architectures=5), "CheckpointError", "describes no model"),
+        (config_with(num_attention_heads=0), "CheckpointError", "describes no model"),
+        (config_with(num_hidden_layers="two"), "CheckpointError", "describes no model"),
+        (config_with(num_hidden_layers=3), "TensorMismatchError", "missing: model.layers.2"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "CheckpointError", "neither model.safetensors nor"),
+        (lambda folder: (folder / "config.json").unlink(), "CheckpointError", "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "CheckpointError", "describes no model"),
     ],
 )
-def test_inspect_says_what_is_wrong_with_a_folder(capsys, copy, change, problem):
+def test_inspect_says_what_is_wrong_with_a_folder(capsys, copy, change, error, problem):
     change(copy)
     message = refused(capsys, "inspect", str(copy))
-    assert message.startswith("CheckpointError: ") and problem in message
+    assert message.startswith(f"{error}: ") and problem in message
 
 
 def test_inspect_trusts_no_text_of_the_config(capsys, copy):

@@ -44,6 +44,8 @@ ROOMS = [
     "pipeline",
     "quantizer",
     "inspection",
+    "weights",
+    "importer",
     "cli",
     "__main__",
 ]

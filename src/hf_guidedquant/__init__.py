@@ -11,6 +11,7 @@ from .checkpoint import save
 from .config import GuidedQuantConfig
 from .decoding import GraphedDecode, graphed_decode
 from .forecast import plan
+from .importer import convert
 from .nn import GuidedLinear, cache_dequantized, fuse, unfuse
 from .quantizer import GuidedQuantizer, quantize, register
 from .triton_kernels import set_backend
@@ -22,6 +23,7 @@ __all__ = [
     "GuidedQuantConfig",
     "GuidedQuantizer",
     "cache_dequantized",
+    "convert",
     "errors",
     "evaluate",
     "fuse",

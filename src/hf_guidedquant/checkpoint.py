@@ -5,7 +5,8 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,21 @@ import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .errors import CheckpointError, OutputFolderError, listed
+from .errors import (
+    CheckpointError,
+    DamagedFileError,
+    NonFiniteTensorError,
+    OutputFolderError,
+    TensorMismatchError,
+    UnsafeFileError,
+)
 from .formats.lut import TensorSpec
 from .nn import quantized_modules
 from .workers import Workers
 
-_DTYPES = {
+DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
     "U8": torch.uint8,
@@ -31,20 +39,25 @@ _DTYPES = {
 }
 # A header larger than this is not one of a checkpoint (the safetensors limit).
 _MAX_HEADER = 100_000_000
-_SHOWN = 6
+SAFETENSORS, PICKLED = ".safetensors", ".bin"
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, pickled: bool = False) -> list[Path]:
     """The files that hold a saved model's weights: one, or those that an index names.
+
+    Args:
+        folder: Where the model was saved.
+        pickled: Whether ``pytorch_model.bin``, or its index, will do where there are no safetensors.
 
     Raises:
         CheckpointError: There is neither, or the index cannot be read.
     """
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        raise CheckpointError(f"{folder} has neither {whole.name} nor {index.name}. Download the model again.")
+    known = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *([WEIGHTS_NAME, WEIGHTS_INDEX_NAME] if pickled else [])]
+    index = next((folder / name for name in known if (folder / name).is_file()), None)
+    if index is None:
+        raise CheckpointError(f"{folder} has neither {' nor '.join(known)}. Download the model again.")
+    if index.suffix in (SAFETENSORS, PICKLED):
+        return [index]
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [folder / name for name in sorted(names)]
@@ -55,8 +68,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_files(files: Iterable[str | os.PathLike], origin: str) -> None:
-    """Refuse pickled weights, and an index that points outside the model's folder.
+def check_files(files: Iterable[str | os.PathLike], origin: str, allowed: tuple[str, ...] = (SAFETENSORS,)) -> None:
+    """Refuse files of other kinds than the ``allowed``, and an index that points outside the model's folder.
 
     Raises:
         CheckpointError: Naming the file.
@@ -64,10 +77,11 @@ def check_files(files: Iterable[str | os.PathLike], origin: str) -> None:
     folders = {os.path.dirname(os.path.abspath(file)) for file in files}
     root = os.path.abspath(origin) if os.path.isdir(origin) else min(folders)
     for file in map(os.path.abspath, files):
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{os.path.basename(file)} is no safetensors file; nothing else is read.")
+        if not file.endswith(allowed):
+            kinds = " or ".join(kind.removeprefix(".") for kind in allowed)
+            raise CheckpointError(f"{os.path.basename(file)} is no {kinds} file; nothing else is read.")
         if os.path.commonpath([root, file]) != root:
-            raise CheckpointError(f"{file} lies outside the model's folder. Do not trust this checkpoint.")
+            raise UnsafeFileError(f"{file} lies outside the model's folder. Do not trust this checkpoint.")
         if not os.path.isfile(file):
             raise CheckpointError(f"{os.path.basename(file)} is missing. Download the model again.")
 
@@ -85,12 +99,14 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
             if name == "__metadata__":
                 continue
             try:
-                spec = TensorSpec(tuple(entry["shape"]), _DTYPES.get(entry["dtype"], torch.complex64))
+                spec = TensorSpec(tuple(entry["shape"]), DTYPES.get(entry["dtype"], torch.complex64))
                 end = entry["data_offsets"][1]
             except (TypeError, KeyError, IndexError) as error:
-                raise CheckpointError(f"{path.name}: the header entry of {name!r} is malformed.") from error
+                raise DamagedFileError(
+                    f"{path.name}: the header entry of {name!r} is malformed. Download it again."
+                ) from error
             if not isinstance(end, int) or end > data_bytes:
-                raise CheckpointError(
+                raise DamagedFileError(
                     f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again."
                 )
             found[name] = spec
@@ -104,14 +120,14 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{path.name} is truncated or no safetensors file. Download it again.")
+                raise DamagedFileError(f"{path.name} is truncated or no safetensors file. Download it again.")
             header = json.loads(file.read(length))
     except (struct.error, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path.name} is no readable safetensors file: {error}") from error
+        raise DamagedFileError(f"{path.name} is no readable safetensors file: {error}. Download it again.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name}: the header is not a table of tensors.")
+        raise DamagedFileError(f"{path.name}: the header is not a table of tensors. Download it again.")
     return header, size - 8 - length
 
 
@@ -134,7 +150,7 @@ def preflight(
         ignore: Names that may be missing (tied weights) or left over.
 
     Raises:
-        CheckpointError: Tensors are missing, left over, or of the wrong shape or dtype. The message names them.
+        TensorMismatchError: Tensors are missing, left over, or of the wrong shape or dtype. The message names them.
     """
     expected = {**quantized, **others}
     layers = {name.rpartition(".")[0] for name in quantized}
@@ -148,17 +164,8 @@ def preflight(
         for name in sorted(expected.keys() & found.keys())
         if not _fits(found[name], expected[name], same_dtype=name in quantized and not name.endswith(".bias"))
     ]
-    problems = [
-        f"{what}: {listed(names, _SHOWN)}"
-        for what, names in (("missing", missing), ("not expected", extra), ("wrong shape or dtype", wrong))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            "The checkpoint does not hold what its config promises. "
-            + "; ".join(problems)
-            + ". Download or save the model again."
-        )
+    if missing or extra or wrong:
+        raise TensorMismatchError(missing, extra, wrong)
 
 
 def _fits(found: TensorSpec, expected: TensorSpec, same_dtype: bool) -> bool:
@@ -178,7 +185,7 @@ def check_codebooks(model: nn.Module) -> None:
     """Refuse a loaded model with NaN or infinite codebooks or biases in quantized layers.
 
     Raises:
-        CheckpointError: Naming the layers.
+        NonFiniteTensorError: Naming the layers.
     """
     bad = []
     for name, module in quantized_modules(model).items():
@@ -188,7 +195,7 @@ def check_codebooks(model: nn.Module) -> None:
             if not all(torch.isfinite(tensor).all() for tensor in floats):
                 bad.append(name)
     if bad:
-        raise CheckpointError(f"NaN or infinite codebook or bias in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
+        raise NonFiniteTensorError("codebook or bias", bad)
 
 
 def check_tensors(files: Iterable[str | os.PathLike]) -> None:
@@ -206,9 +213,9 @@ def check_tensors(files: Iterable[str | os.PathLike]) -> None:
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         bad.append(name)
         except SafetensorError as error:
-            raise CheckpointError(f"{os.path.basename(file)} cannot be read: {error}. Download it again.") from error
+            raise DamagedFileError(f"{os.path.basename(file)} cannot be read: {error}. Download it again.") from error
     if bad:
-        raise CheckpointError(f"NaN or infinite values in {listed(bad, _SHOWN)}. The checkpoint is damaged.")
+        raise NonFiniteTensorError("values", bad)
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:
@@ -228,9 +235,8 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
 def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options: Any) -> Path:
     """Save a model (and its tokenizer) into a new folder, all or nothing.
 
-    Everything is written to a temporary folder beside it, which takes its place at the end; an interrupted save leaves
-    nothing behind that looks like a model. ``options`` go to ``save_pretrained`` (``max_shard_size=...``). Of processes
-    that quantize together the first one saves.
+    An interrupted save leaves nothing behind that looks like a model. ``options`` go to ``save_pretrained``
+    (``max_shard_size=...``). Of processes that quantize together the first one saves.
 
     Raises:
         OutputFolderError: The folder exists and is not empty.
@@ -238,17 +244,25 @@ def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options
     if not Workers(meet=False).first:
         return Path(folder)
     target = check_output_folder(folder)
+    with staged(target) as temporary:
+        model.save_pretrained(temporary, **options)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    return target
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target``, which takes its place at the end unless there is an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    around = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         # Named like the target, because the model card shows the folder's name.
-        staged = temporary / target.name
-        model.save_pretrained(staged, **options)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
+        temporary = around / target.name
+        temporary.mkdir()
+        yield temporary
         if target.exists():
             target.rmdir()
-        staged.rename(target)
+        temporary.rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        shutil.rmtree(around, ignore_errors=True)

@@ -18,6 +18,7 @@ from .config import METHODS, PRESETS, GuidedQuantConfig
 from .errors import GuidedQuantError, TokenizerMissingError
 from .evaluate import perplexity, token_ids
 from .forecast import plan
+from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
 
@@ -73,6 +74,13 @@ def _quantize(options: argparse.Namespace) -> None:
         tokenizer.push_to_hub(options.push_to_hub)
     # Without --json the log has shown the report.
     _show(options, model.quantization_report.to_dict(), f"Saved in {folder}.")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Convert a published any-precision checkpoint, GuidedQuant's among them. Codes and codebooks stay as they are."""
+    folder = convert(options.source, options.out, options.bits, revision=options.revision)
+    inspection = inspect(folder)
+    _show(options, inspection.to_dict(), f"{inspection.table()}\nSaved in {folder}.")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -170,6 +178,11 @@ def _parser(program: str) -> argparse.ArgumentParser:
     _add_settings(quantizing, _QUANTIZE_FIELDS)
     _add_loading(quantizing)
     quantizing.add_argument("--push-to-hub", metavar="REPO", help="also upload to this repository of the Hub")
+    converting = command(_convert, "OWNER/ANY-PRECISION-MODEL converted --bits 3")
+    converting.add_argument("source", help="name or folder of the published checkpoint")
+    converting.add_argument("out", help="folder to save to; must be empty, or not exist")
+    converting.add_argument("--bits", type=int, help="one of the widths that it holds (default: the largest)")
+    converting.add_argument("--revision", help="branch, tag or commit of its repository")
     evaluating = command(_evaluate, "SmolLM2-3bit --text held_out.txt --context 512")
     evaluating.add_argument("model", help="name or folder of a model, quantized or not")
     evaluating.add_argument("--text", required=True, metavar="FILE", help="text file to read (UTF-8)")
@@ -185,7 +198,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     for loading in (evaluating, chatting):
         _add_loading(loading)
         loading.add_argument("--lean", action="store_true", help="on a CPU: no dense copies of the weights; slow")
-    for reporting in (planning, quantizing, evaluating, inspecting):
+    for reporting in (planning, quantizing, converting, evaluating, inspecting):
         reporting.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

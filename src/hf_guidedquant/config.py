@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 QUANT_METHOD = "guidedquant"
 FORMAT_VERSION = "1.0"
 METHODS = tuple(SOLVERS)
+# The method of a model that another program has quantized: its files do not tell.
+CONVERTED = "converted"
 OVERRIDABLE = ("bits", "method")
 
 # Settings by the name of what they are for; what is given beside the name counts instead.
@@ -226,7 +228,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     def __post_init__(self, preset: str | None) -> None:
         if self.quant_method != QUANT_METHOD:
             raise ConfigError("quant_method", self.quant_method, repr(QUANT_METHOD))
-        check_method("method", self.method)
+        check_method("method", self.method, saved=bool(self.modules))
         if not isinstance(self.bits, float):
             check_bits("bits", self.bits)
         elif not 1 <= self.bits <= 8:
@@ -335,10 +337,11 @@ def check_bits(field_name: str, value: object) -> None:
     _check_int(field_name, value, 1, 8)
 
 
-def check_method(field_name: str, value: object) -> None:
-    """Raise :class:`ConfigError` unless ``value`` names a method."""
-    if value not in METHODS:
-        raise ConfigError(field_name, value, "one of " + ", ".join(map(repr, METHODS)))
+def check_method(field_name: str, value: object, saved: bool = False) -> None:
+    """Raise :class:`ConfigError` unless ``value`` names a method; of a saved model, also ``"converted"`` will do."""
+    allowed = (*METHODS, CONVERTED) if saved else METHODS
+    if value not in allowed:
+        raise ConfigError(field_name, value, "one of " + ", ".join(map(repr, allowed)))
 
 
 def _check_int(field_name: str, value: object, low: int, high: int) -> None:

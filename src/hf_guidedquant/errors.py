@@ -65,6 +65,65 @@ class CheckpointError(GuidedQuantError, ValueError):
     """A saved model does not hold what its config promises."""
 
 
+class DamagedFileError(CheckpointError):
+    """A file of a saved model is cut off, or cannot be read."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A file of a saved model lies outside its folder, or runs code when it is read."""
+
+
+class TensorMismatchError(CheckpointError):
+    """A saved model's tensors are not those that its config promises.
+
+    Attributes:
+        missing, unexpected: Names.
+        wrong: Names of tensors of another shape or dtype, with what was expected and what was found.
+    """
+
+    def __init__(self, missing: Iterable[str], unexpected: Iterable[str], wrong: Iterable[str]) -> None:
+        self.missing, self.unexpected, self.wrong = list(missing), list(unexpected), list(wrong)
+        kinds = {"missing": self.missing, "not expected": self.unexpected, "wrong shape or dtype": self.wrong}
+        problems = [f"{what}: {listed(names, 6)}" for what, names in kinds.items() if names]
+        super().__init__(
+            f"The checkpoint does not hold what its config promises. {'; '.join(problems)}. "
+            "Download or save the model again."
+        )
+
+
+class NonFiniteTensorError(CheckpointError):
+    """Tensors of a saved model hold NaN or infinity."""
+
+    def __init__(self, what: str, names: Iterable[str]) -> None:
+        self.names = list(names)
+        super().__init__(f"NaN or infinite {what} in {listed(self.names, 6)}. The checkpoint is damaged.")
+
+
+class UnknownArchitectureError(CheckpointError):
+    """A saved model's config asks for a model class that Transformers does not have."""
+
+
+class AnyPrecisionConfigError(CheckpointError):
+    """The config of a published any-precision checkpoint lacks a key, or has a value outside its range."""
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        found = "is missing" if value is None else f"is {value!r:.200}"
+        super().__init__(
+            f"config.json: {key} {found}; it must be {allowed}. Only checkpoints in the any-precision format can be "
+            "converted: check the name, or download it again."
+        )
+        self.key, self.value, self.allowed = key, value, allowed
+
+
+class UnavailableBitsError(GuidedQuantError, ValueError):
+    """A published any-precision checkpoint does not hold the bits that were asked for."""
+
+    def __init__(self, bits: object, available: Iterable[int]) -> None:
+        self.available = list(available)
+        held = ", ".join(map(str, self.available))
+        super().__init__(f"bits={bits!r} is not in this checkpoint, which holds {held}. Choose one of these.")
+
+
 class OutputFolderError(GuidedQuantError, FileExistsError):
     """The folder to write to exists and is not empty."""
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoint import check_tensors, read_headers, weight_files
 from .config import QUANT_METHOD, GuidedQuantConfig, check_method
-from .errors import CheckpointError
+from .errors import CheckpointError, UnknownArchitectureError
 from .nn import quantized_modules
 from .quantizer import GuidedQuantizer
 from .report import align, megabytes
@@ -108,7 +108,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is no folder of a saved model: there is no config.json in it.")
-    model = _empty_model(path)
+    model = empty_model(path)
     saved = getattr(model.config, "quantization_config", None)
     if not isinstance(saved, dict) or saved.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{path} holds a model that was not quantized with hf-guidedquant.")
@@ -137,19 +137,24 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
 
 def _method(name: str, config: GuidedQuantConfig) -> str:
     method = config.modules[name].get("method", config.method)
-    check_method(f"modules[{name!r}]['method']", method)
+    check_method(f"modules[{name!r}]['method']", method, saved=True)
     return method
 
 
-def _empty_model(folder: Path) -> Any:
-    """The model on the meta device, of the class that was saved: its names are then those in the files."""
+def empty_model(folder: Path) -> Any:
+    """The model on the meta device, of the class that was saved: its names are then those in the files.
+
+    Raises:
+        UnknownArchitectureError: Transformers has no such class.
+        CheckpointError: config.json describes no model.
+    """
     file = folder / "config.json"
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         name = str(next(iter(config.architectures or ()), None))
         architecture = getattr(transformers, name, None)
         if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
-            raise CheckpointError(f"Transformers has no model class {name!r}, which {file} asks for.")
+            raise UnknownArchitectureError(f"Transformers has no model class {name!r}, which {file} asks for.")
         with torch.device("meta"):
             return architecture(config)
     except _CONFIG_ERRORS as error:

@@ -245,10 +245,10 @@ def _preflight(model: Any, files: Iterable[Any]) -> None:
     # another class the body's.
     same_class = type(model).__name__ in (model.config.architectures or ())
     expected = body | others if same_class else body
-    checkpoint.preflight(found, quantized, expected, exact=same_class, ignore=_tied(model, found))
+    checkpoint.preflight(found, quantized, expected, exact=same_class, ignore=tied_names(model, found))
 
 
-def _tied(model: Any, found: Iterable[str]) -> set[str]:
+def tied_names(model: Any, found: Iterable[str]) -> set[str]:
     """Names that a checkpoint need not hold, because it holds the weight that they are tied to."""
     state, found = model.state_dict(), set(found)
     ignored = set()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .config import GuidedQuantConfig
+from .config import CONVERTED, GuidedQuantConfig
 from .distill import DistillReport
 from .plan import LayerPlan, Plan
 from .reconstruct import ReconstructReport
@@ -152,16 +152,20 @@ def align(rows: list[list[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _repository(name: object) -> str | None:
+    """The name of a repository on the Hub, if it is one; a stranger's config may say anything."""
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
+
+
 _CALIBRATION = {"calibration": str, "rows": int, "tokens": int, "sha256": str, "seed": int}
 
 
 def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str, tags: list[str] | None = None) -> str:
     """The README of a saved model: how to load it, what it is, how it was made."""
     provenance = settings.get("provenance", {})
-    base = provenance.get("base_model")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(base or "")):
-        base = None
-    guided = settings["guided"] and SOLVERS[settings["method"]].statistics != "none"
+    base, source = (_repository(provenance.get(key)) for key in ("base_model", "source"))
+    converted = settings["method"] == CONVERTED
+    guided = settings["guided"] and not converted and SOLVERS[settings["method"]].statistics != "none"
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base:
         front += [f"base_model: {base}", "base_model_relation: quantized"]
@@ -175,7 +179,8 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
         "",
         f"# {repo_id.rpartition('/')[2] or repo_id}",
         "",
-        f"{settings['bits']}-bit language model, quantized with hf-guidedquant" + (f" from `{base}`." if base else "."),
+        f"{settings['bits']}-bit language model, {'converted' if converted else 'quantized'} with hf-guidedquant"
+        + (f" from `{base or source}`." if base or source else "."),
         "",
         "**`import hf_guidedquant` before loading it.** Without the import Transformers does not know the format and "
         "stops with a size mismatch of the `weight` tensors.",
@@ -194,7 +199,9 @@ def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str,
         "",
         "| | |",
         "|---|---|",
-        f"| method | {settings['method']}{', guided by the end loss' if guided else ''}"
+        "| format before | any-precision |"
+        if converted
+        else f"| method | {settings['method']}{', guided by the end loss' if guided else ''}"
         f"{', blocks reconstructed' if settings.get('reconstruct') else ''}"
         f"{', codebooks distilled' if settings.get('distill') else ''} |",
     ]

@@ -13,7 +13,8 @@ class GuidedQuantCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        parser.add_argument("command", help="plan, quantize, evaluate, inspect or chat; COMMAND --help explains it")
+        commands = "plan, quantize, convert, evaluate, inspect or chat"
+        parser.add_argument("command", help=f"{commands}; COMMAND --help explains it")
         parser.add_argument("arguments", nargs=REMAINDER, help="what the command takes")
 
     def run(self) -> None:

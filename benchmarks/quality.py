@@ -24,6 +24,10 @@ from hf_guidedquant.evaluate import perplexity, token_ids
 LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "SqueezeLLM": {"method": "squeezellm"},
+    "GPTQ": {"method": "gptq", "guided": False},
+    "GPTQ + guided": {"method": "gptq", "guided": True},
+    "GPTVQ-1D": {"method": "gptvq1d", "guided": False},
+    "GPTVQ-1D + guided": {"method": "gptvq1d", "guided": True},
     "LNQ": {"method": "lnq", "guided": False},
     "LNQ + guided": {"method": "lnq", "guided": True},
 }

@@ -1,10 +1,11 @@
 """GPTQ (Frantar et al. 2022): one sweep over the inputs, in which each makes good for the errors of those before it.
 
-With ``H = Mᵀ M``, M lower triangular, the objective is ``|M (ŵ - w)|²``, and its j-th term knows no input after j. So the
-best codeword for input j, while all later inputs are still free, is the one nearest to ``w_j - Σ_{i<j} M_ji e_i / M_jj``,
-``e = ŵ - w``. ``M⁻ᵀ`` is the paper's Cholesky factor of the inverse Hessian (``H⁻¹ = Uᵀ U``, section 3.3, step 3) and the
-codes are those of its error feedback, but nothing is inverted: the sweep is a cycle of LNQ's coordinate descent with M
-in the place of H, begun at ``ŵ = w``. The blocks of that descent are the paper's lazy batch updates.
+With ``H = Mᵀ M``, M lower triangular, the objective is ``|M (ŵ - w)|²``, and its j-th term knows no input after j. So
+the best codeword for input j, while all later inputs are still free, is the one nearest to
+``w_j - Σ_{i<j} M_ji e_i / M_jj``, ``e = ŵ - w``. ``M⁻ᵀ`` is the paper's Cholesky factor of the inverse Hessian
+(``H⁻¹ = Uᵀ U``, section 3.3, step 3) and the codes are those of its error feedback, but nothing is inverted: the sweep
+is a cycle of LNQ's coordinate descent with M in the place of H, begun at ``ŵ = w``. The blocks of that descent are the
+paper's lazy batch updates.
 
 Inputs of large ``H_jj`` come first, and M is that of a damped H, as in the paper: where inputs almost depend on each
 other, errors that they are to make good for would else take their targets far beyond the codebook.
@@ -32,8 +33,8 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
 
 
 def memory(groups: int, rows: int, inputs: int) -> int:
-    """Bytes at the worst moment: of the factorisations, or of the sweep with its factors, in pieces besides."""
-    return max((4 * groups + 16) * inputs**2, 10 * groups * inputs**2 + 34 * groups * rows * inputs)
+    """Bytes at the worst moment: the factors, and what it takes to find one, or what was measured per weight."""
+    return 4 * groups * inputs**2 + max(12 * inputs**2, 30 * groups * rows * inputs)
 
 
 def sweep(weight: Tensor, hessian: Tensor, codebook: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def sweep(weight: Tensor, hessian: Tensor, codebook: Tensor) -> Tensor:
     for group, places in enumerate(order):
         factor[group] = _factor(hessian[group], places)
     places = order.unsqueeze(1).expand_as(weight)
-    problem = Problem(weight.gather(-1, places), factor)
+    problem = Problem(weight.gather(-1, places), factor, pieces=False)
     quantized = problem.weight.clone()
     problem.descend(quantized, codebook, cycles=1)
     codes = nearest(codebook, quantized.mT)

@@ -76,15 +76,18 @@ def memory(groups: int, rows: int, inputs: int) -> int:
 
 
 class Problem:
-    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply."""
+    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply.
 
-    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+    ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, pieces: bool = True) -> None:
         self.weight = weight.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         self.inverse = (1 / self.diagonal).contiguous()
         self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
-        split = self.fused and has_tensor_cores(weight.device)
+        split = pieces and self.fused and has_tensor_cores(weight.device)
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
 
     def state(self, codes: Tensor, codebook: Tensor) -> State:

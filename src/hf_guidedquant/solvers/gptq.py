@@ -7,8 +7,8 @@ the best codeword for input j, while all later inputs are still free, is the one
 is a cycle of LNQ's coordinate descent with M in the place of H, begun at ``ŵ = w``. The blocks of that descent are the
 paper's lazy batch updates.
 
-Inputs of large ``H_jj`` come first, and M is that of a damped H, as in the paper: where inputs almost depend on each
-other, errors that they are to make good for would else take their targets far beyond the codebook.
+Inputs of large ``H_jj`` come first. M is that of a damped H, as in the paper: where inputs almost depend on each other,
+the errors that they are to make good for would else take their targets far beyond the codebook.
 """
 
 import torch

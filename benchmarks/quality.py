@@ -24,9 +24,14 @@ from hf_guidedquant.evaluate import perplexity, token_ids
 LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
     "SqueezeLLM": {"method": "squeezellm"},
+    "GPTQ": {"method": "gptq", "guided": False},
+    "GPTQ + guided": {"method": "gptq", "guided": True},
+    "GPTVQ-1D": {"method": "gptvq1d", "guided": False},
+    "GPTVQ-1D + guided": {"method": "gptvq1d", "guided": True},
     "LNQ": {"method": "lnq", "guided": False},
     "LNQ + guided": {"method": "lnq", "guided": True},
 }
+DEFAULT = ["RTN", "SqueezeLLM", "LNQ", "LNQ + guided"]
 
 
 def main() -> None:
@@ -108,7 +113,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
     parser.add_argument("--evaluation", required=True, help="text file to measure perplexity on")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=list(LADDER), default=list(LADDER))
+    parser.add_argument("--methods", nargs="+", choices=list(LADDER), default=DEFAULT)
     parser.add_argument("--num-samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per calibration row")
     parser.add_argument("--num-groups", type=int, default=4, help="row groups per guided Hessian")

@@ -48,8 +48,8 @@ class Parts:
 
     places: tuple[tuple[Any, str, str], ...] = (
         (kmeans, "cluster", "k-means"),
-        (lnq._Problem, "assign", "descent"),
-        (lnq._Problem, "fit_codebook", "codebook"),
+        (lnq.Problem, "assign", "descent"),
+        (lnq.Problem, "fit_codebook", "codebook"),
     )
 
     def __enter__(self) -> "Parts":

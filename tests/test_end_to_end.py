@@ -20,6 +20,7 @@ from hf_guidedquant.errors import (
     OutputFolderError,
     TokenizerMissingError,
 )
+from hf_guidedquant.solvers import SOLVERS
 
 PROMPT = torch.arange(2, 10)[None]
 
@@ -76,7 +77,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "first" / "config.json").read_text() == (tmp_path / "second" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("method", ["rtn", "squeezellm", "lnq"])
+@pytest.mark.parametrize("method", list(SOLVERS))
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 def test_every_method_and_width_survives_a_reload(method, guided, bits, tmp_path):

@@ -9,6 +9,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import outline
 from hf_guidedquant.calibration.outline import Memory
+from hf_guidedquant.config import METHODS
 from hf_guidedquant.errors import ModelError, NoLinearLayersError
 from hf_guidedquant.linears import tensors_of
 
@@ -29,7 +30,9 @@ def size_of(model):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_groups": 1}, {"method": "squeezellm"}, {"guided": False}, {"method": "rtn"}], ids=str
+    "changes",
+    [{}, {"num_groups": 1}, {"guided": False}, *({"method": method} for method in METHODS if method != "lnq")],
+    ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_memory_within_15_percent(architecture, changes):

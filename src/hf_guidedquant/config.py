@@ -146,8 +146,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
             from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
             ``guided`` and a method other than ``"rtn"``.
-        method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"squeezellm"`` (weighted k-means)
-            or ``"rtn"`` (uniform round-to-nearest, needs no data).
+        method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"gptvq1d"`` (GPTQ's sweep on
+            codebooks, which are then fitted), ``"gptq"`` (the sweep on a uniform grid), ``"squeezellm"`` (weighted
+            k-means) or ``"rtn"`` (uniform round-to-nearest, needs no data).
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of

@@ -153,13 +153,13 @@ def test_block_of_real_numbers_on_a_gpu():
 def check_assign(monkeypatch, groups: int, inputs: int, rows: int, bits: int, cycles: int, device: str) -> None:
     """All blocks, panels and cycles, with products in pieces: the codes of the plain loop on a CPU."""
     weight, hessian, codes, codebook = exact_problem(groups, inputs, rows, bits)
-    plain = lnq._Problem(weight, hessian)
+    plain = lnq.Problem(weight, hessian)
     assert not plain.fused
     start = plain.state(codes, codebook)
     expected = plain.assign(start, cycles)
     monkeypatch.setattr(lnq, "backend_for", lambda device: "triton")
     monkeypatch.setattr(lnq, "has_tensor_cores", lambda device: True)
-    fused = lnq._Problem(weight.to(device), hessian.to(device))
+    fused = lnq.Problem(weight.to(device), hessian.to(device))
     assert fused.fused
     assert isinstance(fused.product, SplitProduct)
     result = fused.assign(fused.state(codes.to(device), codebook.to(device)), cycles)

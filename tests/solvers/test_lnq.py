@@ -26,7 +26,7 @@ def problem(seed: int, groups: int = 2, rows: int = 3, inputs: int = 21) -> tupl
     return weight, correlated_hessian(groups, inputs, 4 * inputs, generator).double()
 
 
-def random_state(lnq_problem: lnq._Problem, bits: int, seed: int) -> lnq._State:
+def random_state(lnq_problem: lnq.Problem, bits: int, seed: int) -> lnq.State:
     """Codes and an ascending codebook at random."""
     groups, inputs, rows = lnq_problem.weight.shape
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def test_blocked_coordinate_descent_is_the_naive_loop(monkeypatch, panel, block,
     monkeypatch.setattr(lnq, "PANEL", panel)
     monkeypatch.setattr(lnq, "BLOCK", block)
     weight, hessian = problem(seed=bits)
-    descent = lnq._Problem(weight, hessian)
+    descent = lnq.Problem(weight, hessian)
     start = random_state(descent, bits, seed=7)
     end = descent.assign(start, cycles)
     for g in range(weight.shape[0]):
@@ -82,7 +82,7 @@ def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeyp
     monkeypatch.setattr(lnq, "_CHUNK", chunk)
     weight, hessian = problem(seed=20 + bits)
     inputs, levels = weight.shape[-1], 2**bits
-    step = lnq._Problem(weight, hessian)
+    step = lnq.Problem(weight, hessian)
     before = random_state(step, bits, seed=8)
     after = step.fit_codebook(before)
     assert (after.codebook.diff(dim=-1) >= 0).all()
@@ -192,7 +192,7 @@ def test_lnq_beats_rtn_at_many_bits(bits):
 @pytest.mark.parametrize("seed", range(5))
 def test_each_step_alone_never_raises_the_objective(seed, bits):
     weight, hessian = problem(seed, rows=5, inputs=40)
-    steps = lnq._Problem(weight, hessian)
+    steps = lnq.Problem(weight, hessian)
     state = random_state(steps, bits, seed)
     for step in (lambda s: steps.assign(s, 1), steps.fit_codebook) * 3:
         after = step(state)

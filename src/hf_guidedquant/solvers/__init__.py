@@ -5,11 +5,13 @@ Every solver is a function ``solve(weight, hessian, spec) -> Solution`` over a b
 or None, whichever the table below says). A new method is one file and one row.
 """
 
-from . import kmeans, lnq, rtn
+from . import gptq, gptvq1d, kmeans, lnq, rtn
 from .base import Method, Solution, SolverSpec
 
 SOLVERS: dict[str, Method] = {
     "lnq": Method(lnq.solve, "hessian", lnq.memory),
+    "gptvq1d": Method(gptvq1d.solve, "hessian", gptvq1d.memory),
+    "gptq": Method(gptq.solve, "hessian", gptq.memory),
     "squeezellm": Method(kmeans.solve, "diagonal", kmeans.memory),
     "rtn": Method(rtn.solve, "none", rtn.memory),
 }

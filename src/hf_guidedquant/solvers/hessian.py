@@ -71,26 +71,30 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
         hessian[:, rows.start :, rows] = mean.mT
     hessian.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
     for group in hessian:
-        damping = _damp(group)
-        if damping is None:
+        found = cholesky(group)
+        if found is None:
             damping = _DAMPING[-1]
             group.copy_(torch.diag(group.diagonal()))
             note = replace(note, fallback="not positive definite at the largest damping, so only the diagonal is used")
+        else:
+            damping = found[1]
+            group.diagonal().add_(damping)
+        del found
         note = replace(note, damping=max(note.damping, damping))
     return hessian, note
 
 
-def _damp(hessian: Tensor) -> float | None:
-    """Add to ``hessian [K, K]``, in place, the least damping of the list (0 first) that makes it factorise.
+def cholesky(hessian: Tensor) -> tuple[Tensor, float] | None:
+    """Factorise ``hessian [K, K]``, of mean diagonal 1, with the least damping of the list (0 first) that it takes.
 
-    Returns the damping, or None if the largest was not enough; the matrix is unchanged then.
+    Returns the lower factor and the damping, or None if the largest was not enough.
     """
     for damping in (0.0, *_DAMPING):
         candidate = hessian
         if damping:
             candidate = hessian.clone()
             candidate.diagonal().add_(damping)
-        if torch.linalg.cholesky_ex(candidate)[1] == 0:
-            hessian.copy_(candidate)
-            return damping
+        factor, failed = torch.linalg.cholesky_ex(candidate)
+        if failed == 0:
+            return factor, damping
     return None

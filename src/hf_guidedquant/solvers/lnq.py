@@ -30,17 +30,17 @@ _CHUNK = 1 << 25
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
     """Codes uint8 ``[G, K, R]``, codebook ``[G, R, L]`` and objective fp64 ``[G, R]``."""
 
     codes: Tensor
     codebook: Tensor
     objective: Tensor
 
-    def better(self, other: "_State") -> "_State":
+    def better(self, other: "State") -> "State":
         """Of every row the state with the lower objective."""
         take = other.objective < self.objective
-        return _State(
+        return State(
             torch.where(take.unsqueeze(1), other.codes, self.codes),
             torch.where(take.unsqueeze(2), other.codebook, self.codebook),
             torch.where(take, other.objective, self.objective),
@@ -53,7 +53,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
     From the weighted k-means, ``lnq_iterations`` times: assign, fit the codebook. Then the codebook is rounded to the
     dtype it is stored in and the codes are assigned once more, so that what is saved is stationary.
     """
-    problem = _Problem(weight, hessian)
+    problem = Problem(weight, hessian)
     codes, codebook = kmeans.cluster(weight, problem.diagonal, spec)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
     best = start
@@ -75,30 +75,40 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     return 6 * groups * inputs**2 + solving
 
 
-class _Problem:
-    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply."""
+class Problem:
+    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply.
 
-    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+    ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor, pieces: bool = True) -> None:
         self.weight = weight.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         self.inverse = (1 / self.diagonal).contiguous()
         self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
-        split = self.fused and has_tensor_cores(weight.device)
+        split = pieces and self.fused and has_tensor_cores(weight.device)
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
 
-    def state(self, codes: Tensor, codebook: Tensor) -> _State:
+    def state(self, codes: Tensor, codebook: Tensor) -> State:
         error = _look_up(codes, codebook).sub_(self.weight)
         operand = self.product.operand(error)
         objective = error.new_zeros(error.shape[0], error.shape[2], dtype=torch.float64)
         for panel in _panels(error.shape[1]):
             objective += (error[:, panel] * self.product.rows(panel, operand)).sum(dim=1, dtype=torch.float64)
-        return _State(codes, codebook, objective)
+        return State(codes, codebook, objective)
 
-    def assign(self, state: _State, cycles: int) -> _State:
+    def assign(self, state: State, cycles: int) -> State:
         """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""
-        codebook = state.codebook.mT.contiguous()  # [G, L, R]
         quantized = _look_up(state.codes, state.codebook)
+        self.descend(quantized, state.codebook, cycles)
+        codes = nearest(state.codebook, quantized.mT).mT.contiguous()
+        del quantized
+        return self.state(codes, state.codebook)
+
+    def descend(self, quantized: Tensor, codebook: Tensor, cycles: int) -> None:
+        """Take all inputs of ``quantized [G, K, R]``, in place, to entries of ``codebook [G, R, L]``, as `assign`."""
+        codebook = codebook.mT.contiguous()
         error = self.product.operand(quantized - self.weight)
         for _ in range(cycles):
             moved = torch.zeros((), dtype=torch.bool, device=quantized.device)
@@ -109,10 +119,6 @@ class _Problem:
                 moved |= (before != quantized[:, panel]).any()
             if not moved:
                 break
-        del error
-        codes = nearest(state.codebook, quantized.mT).mT.contiguous()
-        del quantized
-        return self.state(codes, state.codebook)
 
     def _assign_panel(self, panel: slice, quantized: Tensor, pull: Tensor, codebook: Tensor) -> None:
         """One pass over the inputs of a panel, in place: ``quantized [G, K, R]``, ``pull`` = H (ŵ - w) of the panel."""
@@ -128,7 +134,7 @@ class _Problem:
                 beside = self.hessian[:, block.stop : panel.stop, block]
                 pull[:, offset + BLOCK :].baddbmm_(beside, change)
 
-    def fit_codebook(self, state: _State) -> _State:
+    def fit_codebook(self, state: State) -> State:
         """The best codebook for the state's codes, in ascending order, and the codes renumbered to match.
 
         Solves for the change from the old codebook, ``(Pᵀ H P + εI) δ = -Pᵀ H e``: an empty codeword has a zero row

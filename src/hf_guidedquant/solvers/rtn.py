@@ -13,9 +13,14 @@ def memory(groups: int, rows: int, inputs: int) -> int:
 
 def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
     """Quantize ``weight [G, R, K]`` to ``2**bits`` evenly spaced values per row."""
-    low, high = weight.aminmax(dim=-1, keepdim=True)
-    position = torch.linspace(0, 1, spec.levels, device=weight.device, dtype=weight.dtype)
-    codebook = round_codebook(low + (high - low) * position, spec.codebook_dtype)
+    codebook = grid(weight, spec)
     codes = nearest(codebook, weight)
     objective = row_objective(weight, codebook.gather(-1, codes.long()), statistics)
     return Solution(codes, codebook.to(spec.codebook_dtype), {"rtn": objective})
+
+
+def grid(weight: Tensor, spec: SolverSpec) -> Tensor:
+    """``[G, R, 2**bits]`` evenly spaced values, ascending, as they will be stored, in the dtype of ``weight``."""
+    low, high = weight.aminmax(dim=-1, keepdim=True)
+    position = torch.linspace(0, 1, spec.levels, device=weight.device, dtype=weight.dtype)
+    return round_codebook(low + (high - low) * position, spec.codebook_dtype)

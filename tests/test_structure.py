@@ -36,7 +36,10 @@ ROOMS = [
     "budget",
     "checkpoint",
     "evaluate",
+    "tasks",
     "report",
+    "measurement",
+    "card",
     "companions",
     "solving",
     "forecast",
@@ -84,7 +87,7 @@ def test_the_kernels_are_installed_under_our_name_only():
 def test_the_package_imports_without_triton_optimum_or_datasets():
     code = (
         "import sys\n"
-        "for name in ('triton', 'optimum', 'datasets', 'peft', 'gguf'): sys.modules[name] = None\n"
+        "for name in ('triton', 'optimum', 'datasets', 'peft', 'gguf', 'lm_eval'): sys.modules[name] = None\n"
         "import hf_guidedquant"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

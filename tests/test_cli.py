@@ -188,7 +188,8 @@ def test_evaluate_compares_models_with_their_original(capsys, dense, quantized, 
     first, *rest = told["models"]
     original, tokenizer = tiny_model(), word_tokenizer()
     sizes = {"name": dense, "bits_per_weight": 32, "nbytes": sum(p.nbytes for p in original.parameters())}
-    assert first == sizes | {"perplexity": perplexity(original, tokenizer, Path(text).read_text(), 32)}
+    measured = {"tokens": 240, "perplexity": perplexity(original, tokenizer, Path(text).read_text(), 32)}
+    assert first == sizes | measured
     for name, found in zip((quantized, other), rest, strict=True):
         report = json.loads(Path(name, "guidedquant_report.json").read_text())
         assert (found["name"], found["tokens"]) == (name, 240)
@@ -204,7 +205,8 @@ def test_evaluate_compares_models_with_their_original(capsys, dense, quantized, 
         ]
     table = printed(capsys, *arguments, "--original", dense).splitlines()
     assert table[0].split() == ["model", "bits", "size", "perplexity", "KL", "top-1"]
-    assert [line.split()[0] for line in table[1:]] == [dense, quantized, other]
+    assert [line.split()[0] for line in table[1:-1]] == [dense, quantized, other]
+    assert table[-1] == "text: 240 tokens, context 32"
     assert table[3].split()[-2:] == [f"{rest[1]['kl']:.5f}", f"{rest[1]['top1']:.2%}"]
     assert [len(told["models"]), "KL" in printed(capsys, *arguments)] == [3, False]
 

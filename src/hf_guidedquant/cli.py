@@ -92,8 +92,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     original = _load(options, options.original) if options.original else None
     found = [_measure(options, name, text, original) for name in options.models]
     if original is not None:
-        ours = found[0].original_perplexity
-        found.insert(0, replace(_measure(options, options.original, None, None, original), perplexity=ours))
+        measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
+        found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
     if len(found) == 1 and text is not None and not (options.tasks or options.speed):
         (only,) = found
         told = {"perplexity": only.perplexity, "tokens": only.tokens, "context": options.context}
@@ -101,7 +101,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         _show(options, told, line)
         return
     told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
-    _show(options, told, comparison_table(found))
+    read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
+    _show(options, told, comparison_table(found) + read)
 
 
 def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, P
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli
 from hf_guidedquant.cli import main
-from hf_guidedquant.evaluate import perplexity
+from hf_guidedquant.evaluate import compare, perplexity
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
+from hf_guidedquant.tasks import TASKS
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
 COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]
@@ -179,6 +180,69 @@ def test_evaluate(capsys, quantized, text, lean):
     arguments = ["evaluate", quantized, "--text", text, "--context", "32", *lean]
     assert json.loads(printed(capsys, *arguments, "--json")) == {"perplexity": expected, "tokens": 240, "context": 32}
     assert f"{expected:.4f}" in printed(capsys, *arguments)
+
+
+def test_evaluate_compares_models_with_their_original(capsys, dense, quantized, text, tmp_path):
+    config = GuidedQuantConfig(bits=2, method="rtn")
+    other = str(hf_guidedquant.save(hf_guidedquant.quantize(tiny_model(), config), tmp_path / "rtn", word_tokenizer()))
+    arguments = ["evaluate", quantized, other, "--text", text, "--context", "32"]
+    told = json.loads(printed(capsys, *arguments, "--original", dense, "--json"))
+    first, *rest = told["models"]
+    original, tokenizer = tiny_model(), word_tokenizer()
+    sizes = {"name": dense, "bits_per_weight": 32, "nbytes": sum(p.nbytes for p in original.parameters())}
+    measured = {"tokens": 240, "perplexity": perplexity(original, tokenizer, Path(text).read_text(), 32)}
+    assert first == sizes | measured
+    for name, found in zip((quantized, other), rest, strict=True):
+        report = json.loads(Path(name, "guidedquant_report.json").read_text())
+        assert (found["name"], found["tokens"]) == (name, 240)
+        assert (found["bits_per_weight"], found["nbytes"]) == (report["bits_per_weight"], report["quantized_bytes"])
+        model = AutoModelForCausalLM.from_pretrained(name)
+        hf_guidedquant.cache_dequantized(model)
+        expected = compare(model, original, tokenizer, Path(text).read_text(), 32)
+        assert [found[key] for key in ("perplexity", "original_perplexity", "kl", "top1")] == [
+            expected.perplexity,
+            expected.original_perplexity,
+            expected.kl,
+            expected.top1,
+        ]
+    table = printed(capsys, *arguments, "--original", dense).splitlines()
+    assert table[0].split() == ["model", "bits", "size", "perplexity", "KL", "top-1"]
+    assert [line.split()[0] for line in table[1:-1]] == [dense, quantized, other]
+    assert table[-1] == "text: 240 tokens, context 32"
+    assert table[3].split()[-2:] == [f"{rest[1]['kl']:.5f}", f"{rest[1]['top1']:.2%}"]
+    assert [len(told["models"]), "KL" in printed(capsys, *arguments)] == [3, False]
+
+
+def test_evaluate_measures_speed(capsys, quantized):
+    arguments = ["evaluate", quantized, "--speed", "--new-tokens", "3"]
+    (told,) = json.loads(printed(capsys, *arguments, "--json"))["models"]
+    assert "perplexity" not in told
+    speed = told["speed"]
+    assert speed["tokens_per_second"] > 0
+    assert (speed["new_tokens"], speed["prompt_tokens"], speed["batch"], speed["dtype"]) == (3, 32, 1, "float32")
+    header, row, how = printed(capsys, *arguments).splitlines()
+    assert header.split() == ["model", "bits", "size", "tokens/s"] and float(row.split()[-1]) > 0
+    assert how.startswith("tokens/s: 3 tokens after a prompt of 32, batch 1, greedy, float32 on ")
+
+
+def test_evaluate_runs_tasks(capsys, monkeypatch, quantized):
+    seen = []
+    monkeypatch.setattr(cli, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(cli, "run_tasks", lambda model, tokenizer, tasks: seen.append(tasks) or RESULTS)
+    told = json.loads(printed(capsys, "evaluate", quantized, "--tasks", "--json"))
+    assert told["models"][0]["tasks"] == RESULTS
+    header, row = printed(capsys, "evaluate", quantized, "--tasks", "piqa,other").splitlines()
+    assert header.split()[-2:] == ["piqa", "other"] and row.split()[-2:] == ["62.50%", "25.00%"]
+    assert seen == [list(TASKS), ["piqa", "other"]]
+
+
+RESULTS = {"piqa": {"acc_norm": 0.5, "acc": 0.625}, "other": {"exact_match": 0.25}}
+
+
+def test_missing_packages_are_told_before_a_model_is_loaded(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert refused(capsys, "evaluate", "no model of this name", "--tasks").startswith("PackageMissingError: ")
 
 
 def test_inspect_tells_what_was_saved_without_weights(capsys, quantized, monkeypatch):
@@ -357,6 +421,8 @@ def test_chat_generates(quantized):
         ["plan", "MODEL", "--bits", "two"],
         ["quantize", "MODEL"],
         ["evaluate", "MODEL"],
+        ["evaluate", "--text", "FILE"],
+        ["evaluate", "MODEL", "--speed", "--original", "MODEL"],
     ],
 )
 def test_wrong_usage_is_2(capsys, arguments):

@@ -25,7 +25,7 @@ def test_snippets_name_only_what_exists(snippet):
 def test_commands_are_valid():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^python -m hf_guidedquant (.+)$", readme, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         cli._parser("").parse_args(command.split())
 

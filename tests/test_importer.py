@@ -278,7 +278,7 @@ def test_a_converted_model_saves_and_loads_again(intact, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(hf_guidedquant.convert(intact, tmp_path / "out", 2))
     again = hf_guidedquant.save(model, tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(model))
-    assert "| format before | any-precision |" in (again / "README.md").read_text()
+    assert "converted from the any-precision format" in (again / "README.md").read_text()
 
 
 def test_two_names_of_one_tensor_in_a_pickle(tmp_path):
@@ -551,7 +551,10 @@ def test_a_repository_of_the_hub(kind, published, tmp_path):
     assert not fetched & {"other.txt", "modeling_custom.py"}
     provenance = json.loads(done.stdout)["settings"]["provenance"]
     assert (provenance["source"], provenance["commit"]) == ("someone/published", commit)
-    assert "converted with hf-guidedquant from `someone/published`" in (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "converted from [someone/published](https://huggingface.co/someone/published) with hf-guidedquant"
+        in (tmp_path / "out" / "README.md").read_text()
+    )
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(published.reference(4)))
 
 

@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "resources",
     "running",
+    "training",
     "fingerprint",
     "layer_folder",
     "codes",
@@ -30,13 +31,18 @@ ROOMS = [
     "plan",
     "calibration",
     "nn",
+    "reconstruct",
     "divergence",
     "distill",
     "allocate",
     "budget",
     "checkpoint",
     "evaluate",
+    "tasks",
     "report",
+    "pictures",
+    "measurement",
+    "card",
     "companions",
     "solving",
     "forecast",
@@ -86,7 +92,8 @@ def test_the_kernels_are_installed_under_our_name_only():
 def test_the_package_imports_without_triton_optimum_or_datasets():
     code = (
         "import sys\n"
-        "for name in ('triton', 'optimum', 'datasets', 'peft', 'gguf'): sys.modules[name] = None\n"
+        "optional = ('triton', 'optimum', 'datasets', 'peft', 'gguf', 'lm_eval', 'matplotlib')\n"
+        "sys.modules.update(dict.fromkeys(optional))\n"
         "import hf_guidedquant"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

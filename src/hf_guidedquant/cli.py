@@ -7,23 +7,28 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
+from .calibration.rows import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import METHODS, PRESETS, GuidedQuantConfig
 from .errors import GuidedQuantError, TokenizerMissingError
-from .evaluate import perplexity, token_ids
+from .evaluate import compare, decode_speed, perplexity, token_ids
 from .forecast import plan
 from .importer import convert
 from .inspection import inspect
+from .measurement import Measurement, comparison_table
 from .nn import cache_dequantized
+from .tasks import TASKS, check_tasks, run_tasks
 
 _PROGRAM = "python -m hf_guidedquant"
 _INTERRUPTED = 130
+# What --speed reads before it generates: the beginning of the built-in text.
+_PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
 # Fields of GuidedQuantConfig that are options, in the order of the help.
 _PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device")
 _QUANTIZE_FIELDS = (*_PLAN_FIELDS, "dataset", "seed", "reconstruct", "distill", "run_dir", "statistics")
@@ -84,13 +89,49 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    """Measure a model's perplexity on a text: non-overlapping windows, each read by itself."""
-    text = Path(options.text).read_text(encoding="utf-8")
-    tokenizer = _tokenizer(options.model)
-    ids = token_ids(tokenizer, text)
-    result = perplexity(_load(options), tokenizer, ids, options.context)
-    found = {"perplexity": result, "tokens": ids.numel(), "context": options.context}
-    _show(options, found, f"perplexity {result:.4f} on {ids.numel():,} tokens, context {options.context}")
+    """Measure models: perplexity on a text, distance to the original, speed of decoding, accuracy on tasks."""
+    if not (options.text or options.tasks or options.speed):
+        options.wrong("nothing to measure: give --text, --speed or --tasks")
+    if options.original and not options.text:
+        options.wrong("--original needs --text")
+    text = Path(options.text).read_text(encoding="utf-8") if options.text else None
+    if options.tasks:
+        check_tasks(options.tasks)
+    original = _load(options, options.original) if options.original else None
+    found = [_measure(options, name, text, original) for name in options.models]
+    if original is not None:
+        measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
+        found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
+    if len(found) == 1 and text is not None and not (options.tasks or options.speed):
+        (only,) = found
+        told = {"perplexity": only.perplexity, "tokens": only.tokens, "context": options.context}
+        line = f"perplexity {only.perplexity:.4f} on {only.tokens:,} tokens, context {options.context}"
+        _show(options, told, line)
+        return
+    told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
+    read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
+    _show(options, told, comparison_table(found) + read)
+
+
+def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:
+    """What the options ask for, of one model."""
+    tokenizer = _tokenizer(name)
+    ids = None if text is None else token_ids(tokenizer, text)
+    model = _load(options, name) if model is None else model
+    result: dict[str, Any] = {}
+    if ids is not None:
+        result["tokens"] = ids.numel()
+        if original is None:
+            result["perplexity"] = perplexity(model, tokenizer, ids, options.context)
+        else:
+            compared = asdict(compare(model, original, tokenizer, ids, options.context))
+            result |= {key: compared[key] for key in ("perplexity", "original_perplexity", "kl", "top1")}
+    if options.speed:
+        prompt = token_ids(tokenizer, builtin_text()[:_PROMPT_CHARACTERS])[:_PROMPT_TOKENS]
+        result["speed"] = decode_speed(model, prompt, options.new_tokens)
+    if options.tasks:
+        result["tasks"] = run_tasks(model, tokenizer, options.tasks)
+    return Measurement.of(model, name, **result)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -102,7 +143,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     """Talk to a model. /exit, or the end of the input, ends it."""
     tokenizer = _tokenizer(options.model)
-    model = _load(options)
+    model = _load(options, options.model)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages: list[dict[str, str]] = []
     prompt = "> " if sys.stdin.isatty() else ""
@@ -136,8 +177,8 @@ def _tokenizer(model: str) -> Any:
         raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
 
 
-def _load(options: argparse.Namespace) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+def _load(options: argparse.Namespace, name: str) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)
     return model
 
@@ -183,10 +224,26 @@ def _parser(program: str) -> argparse.ArgumentParser:
     converting.add_argument("out", help="folder to save to; must be empty, or not exist")
     converting.add_argument("--bits", type=int, help="one of the widths that it holds (default: the largest)")
     converting.add_argument("--revision", help="branch, tag or commit of its repository")
-    evaluating = command(_evaluate, "SmolLM2-3bit --text held_out.txt --context 512")
-    evaluating.add_argument("model", help="name or folder of a model, quantized or not")
-    evaluating.add_argument("--text", required=True, metavar="FILE", help="text file to read (UTF-8)")
+    evaluating = command(_evaluate, "SmolLM2-2bit SmolLM2-3bit --text held_out.txt --original SmolLM2-135M --speed")
+    evaluating.add_argument("models", metavar="MODEL", nargs="+", help="names or folders of models, quantized or not")
+    evaluating.add_argument("--text", metavar="FILE", help="text file (UTF-8) to measure perplexity on")
     evaluating.add_argument("--context", type=int, default=_CONTEXT, help="tokens per window (default: %(default)s)")
+    evaluating.add_argument(
+        "--original", metavar="MODEL", help="also measure KL divergence and top-1 agreement with this model's answers"
+    )
+    evaluating.add_argument("--speed", action="store_true", help="also measure tokens per second of generate, batch 1")
+    evaluating.add_argument(
+        "--new-tokens", type=int, default=64, help="tokens to generate for --speed (default: %(default)s)"
+    )
+    evaluating.add_argument(
+        "--tasks",
+        nargs="?",
+        type=lambda names: names.split(","),
+        const=list(TASKS),
+        help="also run tasks of lm-evaluation-harness, by names or YAML files with commas between; "
+        f"without names: {', '.join(TASKS)}",
+    )
+    evaluating.set_defaults(wrong=evaluating.error)
     inspecting = command(_inspect, "SmolLM2-3bit --verify")
     inspecting.add_argument("folder", help="folder of a quantized model")
     inspecting.add_argument("--verify", action="store_true", help="read all tensors, and look for NaN and infinity")

@@ -8,7 +8,8 @@ from typing import Any
 from huggingface_hub import ModelCard, file_exists
 from torch import nn
 
-from .report import Report, model_card
+from .card import model_card
+from .report import Report
 from .workers import Workers
 
 CARD_FILE = "README.md"
@@ -65,6 +66,6 @@ def _is_quantized(model: Any) -> bool:
 
 
 def _write_card(model: Any, folder: Path, name: str, tags: list[str] | None = None) -> None:
-    settings = model.config.quantization_config.to_dict()
-    card = model_card(settings, model.quantization_report, name, tags)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    (folder / CARD_FILE).write_text(
+        str(model_card(model.config.quantization_config.to_dict(), name, tags or (), model)), encoding="utf-8"
+    )

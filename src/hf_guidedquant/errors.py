@@ -159,3 +159,14 @@ class DecodingError(GuidedQuantError, ValueError):
 
 class WorkerError(GuidedQuantError, RuntimeError):
     """The processes that quantize a model together do not belong together, or one of them has stopped."""
+
+
+class EvaluationError(GuidedQuantError, ValueError):
+    """A model cannot be measured as asked."""
+
+
+class PackageMissingError(GuidedQuantError, ImportError):
+    """Something asked for needs a package that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed. Install it: pip install 'hf-guidedquant[{extra}]'")

@@ -1,26 +1,73 @@
-"""How good a model is: perplexity."""
+"""How good a model is, how far from its original, and how fast: perplexity, KL divergence, speed of decoding."""
 
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
 from .calibration.collector import input_device
 from .calibration.rows import tokenize
-from .errors import CalibrationError
+from .errors import CalibrationError, EvaluationError
+from .running import evaluating
+
+# Tokens whose logits exist at a time.
+_LOGIT_TOKENS = 256
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside its original, on one text.
+
+    Attributes:
+        perplexity, original_perplexity: See :func:`perplexity`.
+        kl: Mean KL(original ‖ model) of the predictions, in nats per token.
+        top1: Share of the tokens for which both models think the same one most likely.
+        tokens: Predicted tokens that these are means over.
+        context: Tokens per window.
+    """
+
+    perplexity: float
+    original_perplexity: float
+    kl: float
+    top1: float
+    tokens: int
+    context: int
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """How fast a model generates. ``tokens_per_second`` counts the new tokens of the whole batch."""
+
+    tokens_per_second: float
+    new_tokens: int
+    prompt_tokens: int
+    batch: int
+    runs: int
+    dtype: str
+    device: str
+
+    def describe(self) -> str:
+        """What was measured, in a line."""
+        return (
+            f"{self.new_tokens} tokens after a prompt of {self.prompt_tokens}, batch {self.batch}, greedy, "
+            f"{self.dtype} on {self.device}, median of {self.runs} runs"
+        )
+
+
+@torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 2048) -> float:
     """Perplexity on a text, by the protocol that quantization papers use.
 
     The whole text is tokenized once, without special tokens, and cut into non-overlapping windows of ``context``
     tokens; each window is read by itself, and the result is ``exp`` of the mean negative log-likelihood over the
     ``context - 1`` predicted tokens of all windows. The rest that does not fill a window is left out, unless the text
-    is shorter than one.
+    is shorter than one. Logits exist for some tokens of a window at a time.
 
     Args:
         model: A causal language model.
@@ -32,28 +79,105 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     Raises:
         CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the model's.
     """
-    ids = token_ids(tokenizer, text_or_dataset)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and context > longest:
-        raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
-    if context < 2 or ids.numel() < 2:
-        raise CalibrationError(
-            f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}."
+    windows = _windows([model], tokenizer, text_or_dataset, context)
+    loss = 0.0
+    with evaluating(model):
+        for tokens, (ours,) in _predictions([model], windows, "Perplexity"):
+            loss += _loss(ours, tokens)
+    return math.exp(loss / windows[:, 1:].numel())
+
+
+@torch.no_grad()
+def compare(model: Any, original: Any, tokenizer: Any, text_or_dataset: Any, context: int = 2048) -> Comparison:
+    """Measure a model against the one it was made from, in one pass over a text.
+
+    Windows and predicted tokens are those of :func:`perplexity`. Both models are in memory; they may be on different
+    devices.
+
+    Args:
+        model: A causal language model.
+        original: Another one with the same vocabulary.
+        tokenizer: Their tokenizer. Not used for token ids.
+        text_or_dataset: As for :func:`perplexity`.
+        context: Tokens per window, at least 2.
+
+    Raises:
+        CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the models'.
+        EvaluationError: The models' vocabularies differ in size.
+    """
+    windows = _windows([model, original], tokenizer, text_or_dataset, context)
+    count = windows[:, 1:].numel()
+    loss = original_loss = kl = 0.0
+    agreed = 0
+    with evaluating(model), evaluating(original):
+        for tokens, (ours, theirs) in _predictions([model, original], windows, "Comparison"):
+            if ours.shape != theirs.shape:
+                raise EvaluationError(
+                    f"The original's vocabulary has {theirs.shape[-1]} entries, the model's {ours.shape[-1]}. "
+                    "Compare a model with the one it was quantized from."
+                )
+            loss += _loss(ours, tokens)
+            original_loss += _loss(theirs, tokens)
+            theirs = theirs.to(ours.device)
+            kl += float((theirs.exp() * (theirs - ours)).sum(dtype=torch.float64))
+            agreed += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return Comparison(
+        math.exp(loss / count), math.exp(original_loss / count), kl / count, agreed / count, count, windows.shape[1]
+    )
+
+
+def decode_speed(model: Any, prompt: Tensor, new_tokens: int = 64, runs: int = 3, **options: Any) -> DecodeSpeed:
+    """Tokens per second of ``generate``, greedy and of a fixed length: the median of some runs after one that warms up.
+
+    The time is that of whole calls: reading the prompt is part of it.
+
+    Args:
+        model: A causal language model.
+        prompt: Token ids, int64 ``[tokens]`` or ``[batch, tokens]``.
+        new_tokens: Tokens to generate per row, at least 1.
+        runs: Calls that are timed, at least 1.
+        options: More for ``generate``, e.g. ``custom_generate=hf_guidedquant.graphed_decode``.
+
+    Raises:
+        EvaluationError: There is nothing to generate or to time, or prompt and new tokens exceed the model's context.
+    """
+    ids = torch.atleast_2d(prompt).to(input_device(model))
+    batch, length = ids.shape
+    if min(batch, length, new_tokens, runs) < 1:
+        raise EvaluationError(
+            f"The speed of decoding needs a prompt, new tokens and runs, at least 1 of each; got {batch} x {length}, "
+            f"{new_tokens} and {runs}."
         )
-    count = ids.numel() // context
-    windows = ids[: count * context].view(count, context) if count else ids.unsqueeze(0)
-    device = input_device(model)
-    total = 0.0
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for window in tqdm(windows, desc="Perplexity", unit="window"):
-                logits = model(input_ids=window.unsqueeze(0).to(device), use_cache=False).logits[0, :-1]
-                total += F.cross_entropy(logits.float(), window[1:].to(logits.device), reduction="sum").item()
-    finally:
-        model.train(training)
-    return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))
+    longest = _longest(model)
+    if longest is not None and length + new_tokens > longest:
+        raise EvaluationError(
+            f"{length} tokens of the prompt and {new_tokens} new ones exceed the model's context of {longest}."
+        )
+    settings = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "min_new_tokens": new_tokens,
+        "max_new_tokens": new_tokens,
+        "pad_token_id": 0,
+        **options,
+    }
+    seconds = []
+    with evaluating(model):
+        for _ in range(1 + runs):
+            start = perf_counter()
+            # Fetching them waits for the device.
+            model.generate(ids, **settings).cpu()
+            seconds.append(perf_counter() - start)
+    on_gpu = ids.device.type == "cuda"
+    return DecodeSpeed(
+        batch * new_tokens / statistics.median(seconds[1:]),
+        new_tokens,
+        length,
+        batch,
+        runs,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=torch.cuda.get_device_name(ids.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
+    )
 
 
 def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
@@ -67,3 +191,74 @@ def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
         rows: Iterable[str] = text["text"] if hasattr(text, "column_names") else text
         text = "\n\n".join(row for row in rows if row)
     return tokenize(tokenizer, text)
+
+
+def _longest(model: Any) -> int | None:
+    """Tokens of the model's context, if it says so."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _windows(models: Sequence[Any], tokenizer: Any, text_or_dataset: Any, context: int) -> Tensor:
+    """The text in windows, int64 ``[windows, tokens]``."""
+    ids = token_ids(tokenizer, text_or_dataset)
+    longest = min((length for length in map(_longest, models) if length is not None), default=context)
+    if context > longest:
+        raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
+    if context < 2 or ids.numel() < 2:
+        raise CalibrationError(
+            f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}."
+        )
+    count = ids.numel() // context
+    return ids[: count * context].view(count, context) if count else ids.unsqueeze(0)
+
+
+def _predictions(models: Sequence[Any], windows: Tensor, label: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Some tokens ``[T]`` of a window at a time, and each model's log-probabilities for them, ``[T, vocabulary]``."""
+    for window in tqdm(windows, desc=label, unit="window"):
+        slices = zip(*(_logits(model, window) for model in models), strict=True)
+        # The last token's logits predict what is not there.
+        for tokens, logits in zip(window[1:].split(_LOGIT_TOKENS), slices, strict=False):
+            yield tokens, [_log_probabilities(each[: tokens.numel()]) for each in logits]
+
+
+def _logits(model: Any, window: Tensor) -> Iterator[Tensor]:
+    """Logits of a window, ``[T, vocabulary]``, for some tokens at a time.
+
+    The model's body runs once. The rest, which is not only the head in some models, runs on a slice of the hidden
+    states in each of several calls, in which the body answers with that slice.
+    """
+    ids = window.unsqueeze(0).to(input_device(model))
+    body = model.base_model
+    run, own = body.forward, body.__dict__.get("forward")
+    whole = None
+    for start in range(0, window.numel(), _LOGIT_TOKENS):
+
+        def answer(*args: Any, first: int = start, **kwargs: Any) -> Any:
+            nonlocal whole
+            whole = run(*args, **kwargs) if whole is None else whole
+            hidden = getattr(whole, "last_hidden_state", None)
+            return whole if hidden is None else replace(whole, last_hidden_state=hidden[:, first:][:, :_LOGIT_TOKENS])
+
+        body.forward = answer
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            if own is None:
+                del body.forward
+            else:
+                body.forward = own
+        if logits.shape[0] == window.numel():
+            # One slice is all there is, or the body's answer is not what the head reads.
+            yield from logits.split(_LOGIT_TOKENS)
+            return
+        yield logits
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _loss(log_probabilities: Tensor, tokens: Tensor) -> float:
+    """Summed negative log-likelihood of tokens ``[T]``, in nats."""
+    chosen = log_probabilities.gather(-1, tokens.to(log_probabilities.device).unsqueeze(-1))
+    return -float(chosen.sum(dtype=torch.float64))

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
+from .card import model_card
 from .checkpoint import check_output_folder, preflight, staged
 from .companions import CARD_FILE
 from .config import CONVERTED, GuidedQuantConfig
@@ -32,7 +33,6 @@ from .formats.lut import TensorSpec
 from .inspection import empty_model
 from .linears import is_linear, linear_shape, stored_weight
 from .quantizer import tied_names
-from .report import model_card
 from .weights import WeightFiles, write_weights
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def convert(
         settings = {key: value for key, value in saved_config.items() if key not in _DROPPED}
         settings["quantization_config"] = config.to_dict()
         (temporary / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        (temporary / CARD_FILE).write_text(model_card(config.to_dict(), None, target.name), encoding="utf-8")
+        (temporary / CARD_FILE).write_text(str(model_card(config.to_dict(), target.name)), encoding="utf-8")
     logger.info("Converted %d layers at %d bits.", len(layers), bits)
     return target
 

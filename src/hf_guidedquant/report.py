@@ -2,16 +2,13 @@
 
 import json
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .config import CONVERTED, GuidedQuantConfig
+from .config import GuidedQuantConfig
 from .distill import DistillReport
 from .plan import LayerPlan, Plan
 from .reconstruct import ReconstructReport
-from .solvers import SOLVERS
 
 REPORT_FILE = "guidedquant_report.json"
 
@@ -62,7 +59,8 @@ class Report:
         settings: The persisted config.
         reconstruction: What training block by block did; None if there was none.
         distillation: What training the codebooks end to end did; None if they were not trained.
-        measured: Anything measured on the model afterwards, e.g. ``{"perplexity": 23.1}``.
+        measured: Anything measured on the model afterwards, e.g. ``{"perplexity on WikiText-2": 23.1}``; a model that
+            is saved later tells it in its model card.
     """
 
     model: str
@@ -150,74 +148,3 @@ def align(rows: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are as wide as they have to be."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _repository(name: object) -> str | None:
-    """The name of a repository on the Hub, if it is one; a stranger's config may say anything."""
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
-
-
-_CALIBRATION = {"calibration": str, "rows": int, "tokens": int, "sha256": str, "seed": int}
-
-
-def model_card(settings: Mapping[str, Any], report: Report | None, repo_id: str, tags: list[str] | None = None) -> str:
-    """The README of a saved model: how to load it, what it is, how it was made."""
-    provenance = settings.get("provenance", {})
-    base, source = (_repository(provenance.get(key)) for key in ("base_model", "source"))
-    converted = settings["method"] == CONVERTED
-    guided = settings["guided"] and not converted and SOLVERS[settings["method"]].statistics != "none"
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if base:
-        front += [f"base_model: {base}", "base_model_relation: quantized"]
-    front += [
-        "tags:",
-        *(f"- {tag}" for tag in dict.fromkeys(["guidedquant", f"{settings['bits']}-bit", *(tags or ())])),
-        "---",
-    ]
-    lines = [
-        *front,
-        "",
-        f"# {repo_id.rpartition('/')[2] or repo_id}",
-        "",
-        f"{settings['bits']}-bit language model, {'converted' if converted else 'quantized'} with hf-guidedquant"
-        + (f" from `{base or source}`." if base or source else "."),
-        "",
-        "**`import hf_guidedquant` before loading it.** Without the import Transformers does not know the format and "
-        "stops with a size mismatch of the `weight` tensors.",
-        "",
-        "```bash",
-        "pip install hf-guidedquant",
-        "```",
-        "",
-        "```python",
-        "import hf_guidedquant  # registers the format with Transformers",
-        "from transformers import pipeline",
-        "",
-        f'generator = pipeline("text-generation", model="{repo_id}")',
-        'print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])',
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        "| format before | any-precision |"
-        if converted
-        else f"| method | {settings['method']}{', guided by the end loss' if guided else ''}"
-        f"{', blocks reconstructed' if settings.get('reconstruct') else ''}"
-        f"{', codebooks distilled' if settings.get('distill') else ''} |",
-    ]
-    if report is not None:
-        lines += [
-            f"| bits per weight | {report.bits_per_weight:.3f} in {len(report.layers)} linear layers |",
-            f"| size | {megabytes(report.quantized_bytes)} (before: {megabytes(report.dense_bytes)}) |",
-        ]
-        if report.reconstruction is not None:
-            lines.append(f"| reconstructed | {report.reconstruction.describe()} |")
-        if report.distillation is not None:
-            lines.append(f"| distilled | {report.distillation.describe()} |")
-        lines += [f"| {name} | {value} |" for name, value in report.measured.items()]
-    if all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items()):
-        lines.append(
-            f"| calibration | {provenance['calibration']}: {provenance['rows']} rows, {provenance['tokens']:,} tokens "
-            f"(sha256 `{provenance['sha256'][:16]}…`), seed {provenance['seed']} |"
-        )
-    return "\n".join(lines) + "\n"

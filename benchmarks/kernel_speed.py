@@ -88,8 +88,8 @@ def draw(results: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
             weights = layer_bytes(result["rows"], result["inputs"], bits)
             points.append((operations / weights, operations / result["us"][bits] * 1e-6))
         axes.plot(*zip(*points, strict=True), marker="o", label="fp16, cuBLAS" if bits == 16 else f"{bits} bit")
-    low, high = axes.get_xlim()[0], max(line.get_xdata()[-1] for line in axes.lines)  # type: ignore[arg-type]
-    intensities = [max(low, 0.5), high]
+    low, high = max(axes.get_xlim()[0], 0.5), axes.dataLim.x1
+    intensities = [low, high]
     axes.plot(intensities, [i * bandwidth * 1e-12 for i in intensities], "k--", lw=1, label="measured read bandwidth")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="TFLOP/s")
     rows, inputs = results[0]["rows"], results[0]["inputs"]

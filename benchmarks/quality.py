@@ -1,17 +1,22 @@
-"""The quality ladder: perplexity of every method at every width, on one model, from one command.
+"""The quality ladder: perplexity and KL of every method at every width, on one model, from one command.
 
-    python benchmarks/quality.py --model MODEL --calibration c4.txt --evaluation wikitext2_test.txt
+    python benchmarks/quality.py --model MODEL --calibration c4.txt --texts wikitext2_test.txt
 
-Prints a table and writes JSON. Every cell starts from the full-precision model.
+Prints tables and writes JSON and, with matplotlib, a picture. Every cell starts from the full-precision model; cells
+that need the same Hessians share them. With several seeds, tables tell means and half the range.
 """
 
 import argparse
 import copy
 import json
 import platform
+import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.evaluate import perplexity, token_ids
+from hf_guidedquant.evaluate import compare, perplexity, token_ids
 
 LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
@@ -30,77 +35,134 @@ LADDER: dict[str, dict[str, Any]] = {
     "GPTVQ-1D + guided": {"method": "gptvq1d", "guided": True},
     "LNQ": {"method": "lnq", "guided": False},
     "LNQ + guided": {"method": "lnq", "guided": True},
+    "LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
+    "LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
+    "best": {"preset": "best"},
 }
-DEFAULT = ["RTN", "SqueezeLLM", "LNQ", "LNQ + guided"]
 
 
 def main() -> None:
     options = parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, options.dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    dense: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, device_map=device)
-    ids = token_ids(tokenizer, Path(options.evaluation).read_text(encoding="utf-8"))
-
-    original = perplexity(dense, tokenizer, ids, options.context)
-    print(f"full precision ({options.dtype}): {original:.3f}", flush=True)
+    dense: Any = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), device_map=device
+    )
+    texts = {Path(text).stem: token_ids(tokenizer, Path(text).read_text(encoding="utf-8")) for text in options.texts}
+    original = {name: perplexity(dense, tokenizer, ids, options.context) for name, ids in texts.items()}
+    print(f"full precision ({options.dtype}): {original}", flush=True)
     results = []
-    for bits in options.bits:
-        for name in options.methods:
-            config = GuidedQuantConfig(
-                bits=bits,
-                dataset=options.calibration,
-                tokenizer=tokenizer,
-                num_samples=options.num_samples,
-                seq_len=options.seq_len,
-                num_groups=options.num_groups,
-                seed=options.seed,
-                cache_dequantized=True,
-                **LADDER[name],
-            )
-            start = time.perf_counter()
-            model = hf_guidedquant.quantize(copy.deepcopy(dense), config)
-            seconds = time.perf_counter() - start
-            report = model.quantization_report
-            results.append(
-                {
-                    "bits": bits,
-                    "method": name,
-                    "perplexity": perplexity(model, tokenizer, ids, options.context),
-                    "bits_per_weight": report.bits_per_weight,
-                    "seconds": {"total": seconds, **report.seconds},
-                    "calibration": model.config.quantization_config.provenance,
-                }
-            )
-            print(f"{bits} bits, {name}: {results[-1]['perplexity']:.3f}  ({seconds:.0f} s)", flush=True)
-            del model
-    print(table(original, results, options))
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in options.seeds:
+            for bits in options.bits:
+                for method in options.methods:
+                    results.append(cell(options, dense, tokenizer, texts, method, bits, seed, Path(folder)))
+    for name in texts:
+        for what in ("perplexity", "kl"):
+            print("\n" + table(results, options, name, what))
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {k: v for k, v in vars(options).items() if k not in ("model", "output", "calibration", "evaluation")}
-    protocol |= {k: Path(getattr(options, k)).name for k in ("model", "calibration", "evaluation")}
-    output.write_text(
-        json.dumps(
-            {"machine": machine(device), "protocol": protocol, "full_precision": original, "results": results}, indent=1
-        )
-        + "\n",
-        encoding="utf-8",
+    protocol = {k: v for k, v in vars(options).items() if k not in ("model", "output", "calibration", "texts")}
+    protocol |= {k: Path(getattr(options, k)).name for k in ("model", "calibration")} | {"texts": list(texts)}
+    found = {"machine": machine(device), "protocol": protocol, "full_precision": original, "results": results}
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if find_spec("matplotlib"):
+        picture(results, original, options, output.with_suffix(".png"))
+
+
+def cell(
+    options: argparse.Namespace,
+    dense: Any,
+    tokenizer: Any,
+    texts: dict[str, torch.Tensor],
+    method: str,
+    bits: int | float,
+    seed: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """One method at one width with one seed."""
+    config = GuidedQuantConfig(
+        bits=bits,
+        dataset=options.calibration,
+        tokenizer=tokenizer,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        num_groups=options.num_groups,
+        seed=seed,
+        cache_dequantized=True,
+        **LADDER[method],
     )
+    config.statistics = folder / f"{config.guided}-{seed}"
+    start = time.perf_counter()
+    model: Any = hf_guidedquant.quantize(copy.deepcopy(dense), config)
+    seconds = time.perf_counter() - start
+    report = model.quantization_report
+    found = {}
+    for name, ids in texts.items():
+        compared = compare(model, dense, tokenizer, ids, options.context)
+        found[name] = {"perplexity": compared.perplexity, "kl": compared.kl, "top1": compared.top1}
+    told = ", ".join(f"{name} {values['perplexity']:.3f} (KL {values['kl']:.4f})" for name, values in found.items())
+    print(f"{bits} bits, {method}, seed {seed}: {told}  ({seconds:.0f} s)", flush=True)
+    return {
+        "bits": bits,
+        "method": method,
+        "seed": seed,
+        "texts": found,
+        "bits_per_weight": report.bits_per_weight,
+        "seconds": {"total": seconds, **report.seconds},
+        "trained": [part.describe() for part in (report.reconstruction, report.distillation) if part is not None],
+        "calibration": model.config.quantization_config.provenance,
+    }
 
 
-def table(original: float, results: list[dict], options: argparse.Namespace) -> str:
-    """Methods as columns, widths as rows, in Markdown."""
-    cells = {(r["bits"], r["method"]): f"{r['perplexity']:.2f}" for r in results}
-    lines = [f"| bits (full precision {original:.2f}) | " + " | ".join(options.methods) + " |"]
-    lines.append("|---" * (len(options.methods) + 1) + "|")
-    lines += [f"| {bits} | " + " | ".join(cells[bits, m] for m in options.methods) + " |" for bits in options.bits]
+def table(results: list[dict], options: argparse.Namespace, text: str, what: str) -> str:
+    """A measurement on a text, in Markdown: methods as rows, widths as columns; over seeds the mean and half the range."""
+    lines = [f"| {what}, {text} | " + " | ".join(f"{bits} bits" for bits in options.bits) + " |"]
+    lines.append("|---" * (len(options.bits) + 1) + "|")
+    for method in options.methods:
+        found = [
+            [cell["texts"][text][what] for cell in results if (cell["bits"], cell["method"]) == (bits, method)]
+            for bits in options.bits
+        ]
+        lines.append(
+            f"| {method} | " + " | ".join(with_spread(values, 4 if what == "kl" else 2) for values in found) + " |"
+        )
     return "\n".join(lines)
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def picture(results: list[dict], original: dict[str, float], options: argparse.Namespace, file: Path) -> None:
+    """Perplexity against bits per weight, codebooks included: a line per method, a panel per text."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(original), 4.5), layout="constrained")
+    for panel, (text, full) in zip(figure.subplots(1, len(original), squeeze=False)[0], original.items(), strict=True):
+        for method in options.methods:
+            cells = [[c for c in results if (c["bits"], c["method"]) == (bits, method)] for bits in options.bits]
+            points = sorted(
+                (mean(c["bits_per_weight"] for c in same), mean(c["texts"][text]["perplexity"] for c in same))
+                for same in cells
+            )
+            panel.plot(*zip(*points, strict=True), marker="o", label=method)
+        panel.axhline(full, color="black", linestyle=":", label="full precision")
+        panel.set(yscale="log", xlabel="bits per weight", ylabel="perplexity", title=text)
+        panel.legend()
+    figure.savefig(file, dpi=120)
 
 
 def machine(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     packages = ("torch", "transformers", "hf-guidedquant")
     return {"device": name, "python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def width(text: str) -> int | float:
+    """Bits: an integer, or a mean with a decimal point."""
+    return float(text) if "." in text else int(text)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -111,16 +173,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--model", required=True, help="folder or name of a full-precision model")
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
-    parser.add_argument("--evaluation", required=True, help="text file to measure perplexity on")
-    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--methods", nargs="+", choices=list(LADDER), default=DEFAULT)
+    parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
+    parser.add_argument("--bits", type=width, nargs="+", default=[2, 3, 4], help="like 2 or, as a mean, 2.5")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(LADDER), default=["RTN", "SqueezeLLM", "LNQ", "LNQ + guided", "best"]
+    )
     parser.add_argument("--num-samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per calibration row")
     parser.add_argument("--num-groups", type=int, default=4, help="row groups per guided Hessian")
     parser.add_argument("--context", type=int, default=2048, help="tokens per evaluation window")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="outputs/quality.json", help="JSON file to write")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--output", default="outputs/quality.json", help="JSON file to write; the picture lies beside it"
+    )
     return parser.parse_args()
 
 

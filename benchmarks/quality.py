@@ -116,7 +116,7 @@ def cell(
 
 
 def table(results: list[dict], options: argparse.Namespace, text: str, what: str) -> str:
-    """A measurement on a text, in Markdown: methods as rows, widths as columns; over seeds the mean and half the range."""
+    """What was measured on a text, in Markdown: methods as rows, widths as columns; of several seeds mean and range."""
     lines = [f"| {what}, {text} | " + " | ".join(f"{bits} bits" for bits in options.bits) + " |"]
     lines.append("|---" * (len(options.bits) + 1) + "|")
     for method in options.methods:

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, budget, solving
-from hf_guidedquant.divergence import Divergence, teacher_states
 from hf_guidedquant.nn import quantized_modules
+from hf_guidedquant.training import Divergence, teacher_states
 
 PROMPT = torch.arange(2, 20)[None]
 

@@ -18,10 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, P
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli
 from hf_guidedquant.cli import main
-from hf_guidedquant.evaluate import compare, perplexity
+from hf_guidedquant.evaluate import TASKS, compare, perplexity
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
-from hf_guidedquant.tasks import TASKS
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
 COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]

@@ -14,11 +14,11 @@ from trained_model import ROW, calibration_rows, held_out_ids, trained_model
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, distill, pipeline, solving
+from hf_guidedquant import GuidedQuantConfig, pipeline, solving
 from hf_guidedquant.config import DistillSpec
-from hf_guidedquant.divergence import Divergence, teacher_states
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
 from hf_guidedquant.nn import TrainedLinear, quantized_modules
+from hf_guidedquant.training import Divergence, distill, distillation, teacher_states
 
 MODELS = {**{name: lambda name=name: tiny_model(name) for name in ARCHITECTURES}, "capped": capped_gemma3}
 PROMPT = torch.arange(2, 20)[None]
@@ -139,10 +139,10 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(value):
     for parameter in parameters:
         parameter.grad = torch.ones(2, 4)
     parameters[1].grad[0, 0] = value
-    distill._step(optimizer, 1, 1.0)
+    distillation._step(optimizer, 1, 1.0)
     assert all(torch.equal(parameter, torch.ones(2, 4)) for parameter in parameters)
     parameters[0].grad = torch.ones(2, 4)
-    distill._step(optimizer, 1, 1.0)
+    distillation._step(optimizer, 1, 1.0)
     assert not torch.equal(parameters[0], torch.ones(2, 4))
 
 
@@ -160,12 +160,12 @@ def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(Divergence, "backward", failing)
     with pytest.raises(MemoryError):
-        distill.distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+        distill(model, ROWS, original, DistillSpec(batch_tokens=64))
     assert same(before, model.state_dict())
     assert all(module is layers[name] for name, module in quantized_modules(model).items())
     monkeypatch.undo()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    distill.distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+    distill(model, ROWS, original, DistillSpec(batch_tokens=64))
     assert not same(before, model.state_dict())
     assert all(module.training for module in model.modules())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
@@ -205,14 +205,14 @@ def test_a_run_that_is_killed_while_it_distills_ends_with_the_same_bytes(step, u
     run_dir = tmp_path / "run"
 
     def run():
-        calls, optimize = iter(range(1, 100)), distill._step
+        calls, optimize = iter(range(1, 100)), distillation._step
 
         def kill(*args):
             if next(calls) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             optimize(*args)
 
-        distill._step = kill
+        distillation._step = kill
         hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
 
     in_a_killed_process(run)

@@ -6,9 +6,9 @@ from conftest import tiny_model, token_rows
 from transformers import AutoModel, Gemma3ForCausalLM
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, divergence, training
-from hf_guidedquant.divergence import Divergence, teacher_states
+from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CalibrationError, ModelError
+from hf_guidedquant.training import Divergence, batches, divergence, teacher_states
 
 
 def capped_gemma3():
@@ -33,7 +33,7 @@ def test_divergence_is_that_of_the_definition(name, monkeypatch):
     rows = [*token_rows(5, 33, seed=1), *token_rows(3, 20, seed=2)]
     original, model = MODELS[name]().double(), quantized(MODELS[name]()).double()
     monkeypatch.setattr(divergence, "_LOGIT_TOKENS", 11)
-    monkeypatch.setattr(training, "_STACKED_TOKENS", 70)
+    monkeypatch.setattr(batches, "_STACKED_TOKENS", 70)
     measured = Divergence(model, rows, teacher_states(original, rows))
     expected, bound = [], []
     with torch.no_grad():

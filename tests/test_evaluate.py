@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, evaluate
+from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CalibrationError, EvaluationError
-from hf_guidedquant.evaluate import compare, decode_speed, perplexity
+from hf_guidedquant.evaluate import compare, decode_speed, perplexity, speed, text
 
 # float32 against float64: some 40 roundings of 2^-24 each; a token counted twice or left out moves it by per cents.
 REL = 1e-5
@@ -95,7 +95,7 @@ def comparison_by_definition(model, original, windows):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [5, 8, 16, 17])
 def test_comparison_is_that_of_the_definition(name, size, monkeypatch):
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", size)
+    monkeypatch.setattr(text, "_LOGIT_TOKENS", size)
     model, original = pair(name)
     tokens = ids(70)
     expected = comparison_by_definition(model, original, tokens[:68].view(4, 17))
@@ -135,7 +135,7 @@ def test_kl_is_that_of_the_original_from_the_model():
 
 
 def test_the_body_runs_once_a_window_and_the_head_on_slices(monkeypatch):
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", 6)
+    monkeypatch.setattr(text, "_LOGIT_TOKENS", 6)
     model = tiny_model()
     bodies, heads = [], []
     model.model.layers[0].register_forward_hook(lambda *_: bodies.append(1))
@@ -147,7 +147,7 @@ def test_the_body_runs_once_a_window_and_the_head_on_slices(monkeypatch):
 
 
 def test_a_model_without_a_body_of_its_own_costs_memory_only(monkeypatch):
-    monkeypatch.setattr(evaluate, "_LOGIT_TOKENS", 6)
+    monkeypatch.setattr(text, "_LOGIT_TOKENS", 6)
     model, tokens = tiny_model(), ids(32)
     expected = perplexity(model, None, tokens, 16)
     model.base_model_prefix = "nothing"
@@ -192,7 +192,7 @@ def test_a_context_beyond_that_of_either_model_is_refused():
 def test_decode_speed_counts_the_new_tokens_of_all_rows(prompt, monkeypatch):
     model = tiny_model()
     clock = iter([0, 100, 200, 204, 300, 301, 400, 402])
-    monkeypatch.setattr(evaluate, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(speed, "perf_counter", lambda: next(clock))
     lengths = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda *a, **k: lengths.append(generate(*a, **k)) or lengths[-1])

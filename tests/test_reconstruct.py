@@ -12,11 +12,11 @@ from trained_model import ROW, calibration_rows, held_out_ids, trained_model
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, reconstruct, solving
+from hf_guidedquant import GuidedQuantConfig, solving
 from hf_guidedquant.calibration import Outline, outline
-from hf_guidedquant.divergence import Divergence, teacher_states
 from hf_guidedquant.errors import ModelError
 from hf_guidedquant.nn import LatentLinear, quantized_modules
+from hf_guidedquant.training import Divergence, reconstruction, teacher_states
 
 GENTLE = {"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
 PROMPT = torch.arange(2, 20)[None]
@@ -142,11 +142,13 @@ def test_layers_that_are_left_out_stay_as_they_are():
 
 def test_rows_held_back_are_not_trained_on(monkeypatch):
     trained, measured = set(), set()
-    backward, error = reconstruct._Block._backward, reconstruct._Block._error
+    backward, error = reconstruction._Block._backward, reconstruction._Block._error
     monkeypatch.setattr(
-        reconstruct._Block, "_backward", lambda self, batch: trained.update(batch) or backward(self, batch)
+        reconstruction._Block, "_backward", lambda self, batch: trained.update(batch) or backward(self, batch)
     )
-    monkeypatch.setattr(reconstruct._Block, "_error", lambda self, which: measured.update(which) or error(self, which))
+    monkeypatch.setattr(
+        reconstruction._Block, "_error", lambda self, which: measured.update(which) or error(self, which)
+    )
     hf_guidedquant.quantize(tiny_model(), config(reconstruct={"held_back": 0.3, "batch_tokens": 64}))
     assert len(measured) == 5
     assert trained | measured == set(range(16))

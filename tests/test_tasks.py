@@ -11,7 +11,7 @@ from tokenizer import WORDS, word_tokenizer
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import EvaluationError, PackageMissingError
-from hf_guidedquant.tasks import TASKS, check_tasks, run_tasks
+from hf_guidedquant.evaluate import TASKS, check_tasks, run_tasks
 
 PAIRS = [(f"{WORDS[i]} {WORDS[i + 1]} {WORDS[2 * i]}", f"{WORDS[i]} {WORDS[-i]} {WORDS[5]}") for i in range(24)]
 

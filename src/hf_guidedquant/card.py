@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from .config import CONVERTED
-from .measurement import bits_per_weight
+from .evaluate import bits_per_weight
 from .nn import quantized_modules
 from .report import megabytes
 from .solvers import SOLVERS

@@ -17,13 +17,21 @@ from .calibration.rows import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import METHODS, PRESETS, GuidedQuantConfig
 from .errors import GuidedQuantError, TokenizerMissingError
-from .evaluate import compare, decode_speed, perplexity, token_ids
+from .evaluate import (
+    TASKS,
+    Measurement,
+    check_tasks,
+    compare,
+    comparison_table,
+    decode_speed,
+    perplexity,
+    run_tasks,
+    token_ids,
+)
 from .forecast import plan
 from .importer import convert
 from .inspection import inspect
-from .measurement import Measurement, comparison_table
 from .nn import cache_dequantized
-from .tasks import TASKS, check_tasks, run_tasks
 
 _PROGRAM = "python -m hf_guidedquant"
 _INTERRUPTED = 130

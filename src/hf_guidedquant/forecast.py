@@ -16,13 +16,12 @@ from .config import GuidedQuantConfig, ReconstructSpec
 from .errors import ModelError
 from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
-from .reconstruct import check_blocks
 from .report import align, sizes
 from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
 from .solvers import SOLVERS, SolverSpec
 from .solvers.hessian import condition
 from .solving import solver_work
-from .training import held_back, stack_size
+from .training import check_blocks, held_back, stack_size
 
 # Of the symmetric products for Hessians, what is computed.
 _GRAM_SHARE = 0.63

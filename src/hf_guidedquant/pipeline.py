@@ -33,18 +33,16 @@ from .calibration import (
 )
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
-from .distill import distill
-from .divergence import teacher_states
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import size_of, stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
 from .plan import LayerPlan, Plan, plan_layers
-from .reconstruct import check_blocks, reconstruct
 from .report import Report
 from .resources import free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
+from .training import check_blocks, distill, reconstruct, teacher_states
 from .workers import Workers
 
 logger = logging.getLogger(__name__)

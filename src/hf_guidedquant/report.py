@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .config import GuidedQuantConfig
-from .distill import DistillReport
 from .plan import LayerPlan, Plan
-from .reconstruct import ReconstructReport
+from .training import DistillReport, ReconstructReport
 
 REPORT_FILE = "guidedquant_report.json"
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .calibration.collector import input_device
-from .config import DistillSpec
+from ..calibration.collector import input_device
+from ..config import DistillSpec
+from ..nn import TrainedLinear, quantized_modules, replace_module
+from ..running import checkpointed, evaluating, mixed_precision, repeatable_backward
+from ..workers import Workers
+from .batches import batches, rate, set_aside, shuffled
 from .divergence import Divergence
-from .nn import TrainedLinear, quantized_modules, replace_module
-from .running import checkpointed, evaluating, mixed_precision, repeatable_backward
-from .training import batches, rate, set_aside, shuffled
-from .workers import Workers
 
 logger = logging.getLogger(__name__)
 

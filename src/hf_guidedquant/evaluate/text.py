@@ -1,20 +1,18 @@
-"""How good a model is, how far from its original, and how fast: perplexity, KL divergence, speed of decoding."""
+"""How good a model is, and how far from its original: perplexity and KL divergence on a text."""
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils.logging import tqdm
 
-from .calibration.collector import input_device
-from .calibration.rows import tokenize
-from .errors import CalibrationError, EvaluationError
-from .running import evaluating
+from ..calibration.collector import input_device
+from ..calibration.rows import tokenize
+from ..errors import CalibrationError, EvaluationError
+from ..running import evaluating
 
 # Tokens whose logits exist at a time.
 _LOGIT_TOKENS = 256
@@ -40,27 +38,6 @@ class Comparison:
     context: int
 
 
-@dataclass(frozen=True)
-class DecodeSpeed:
-    """How fast a model generates. ``tokens_per_second`` counts the new tokens of the whole batch."""
-
-    tokens_per_second: float
-    new_tokens: int
-    prompt_tokens: int
-    batch: int
-    runs: int
-    dtype: str
-    device: str
-
-    def describe(self) -> str:
-        """What was measured, in a line."""
-        return (
-            f"{self.new_tokens} tokens after a prompt of {self.prompt_tokens}, batch {self.batch}, greedy, "
-            f"{self.dtype} on {self.device}, median of {self.runs} runs"
-        )
-
-
-@torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 2048) -> float:
     """Perplexity on a text, by the protocol that quantization papers use.
 
@@ -126,60 +103,6 @@ def compare(model: Any, original: Any, tokenizer: Any, text_or_dataset: Any, con
     )
 
 
-def decode_speed(model: Any, prompt: Tensor, new_tokens: int = 64, runs: int = 3, **options: Any) -> DecodeSpeed:
-    """Tokens per second of ``generate``, greedy and of a fixed length: the median of some runs after one that warms up.
-
-    The time is that of whole calls: reading the prompt is part of it.
-
-    Args:
-        model: A causal language model.
-        prompt: Token ids, int64 ``[tokens]`` or ``[batch, tokens]``.
-        new_tokens: Tokens to generate per row, at least 1.
-        runs: Calls that are timed, at least 1.
-        options: More for ``generate``, e.g. ``custom_generate=hf_guidedquant.graphed_decode``.
-
-    Raises:
-        EvaluationError: There is nothing to generate or to time, or prompt and new tokens exceed the model's context.
-    """
-    ids = torch.atleast_2d(prompt).to(input_device(model))
-    batch, length = ids.shape
-    if min(batch, length, new_tokens, runs) < 1:
-        raise EvaluationError(
-            f"The speed of decoding needs a prompt, new tokens and runs, at least 1 of each; got {batch} x {length}, "
-            f"{new_tokens} and {runs}."
-        )
-    longest = _longest(model)
-    if longest is not None and length + new_tokens > longest:
-        raise EvaluationError(
-            f"{length} tokens of the prompt and {new_tokens} new ones exceed the model's context of {longest}."
-        )
-    settings = {
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "min_new_tokens": new_tokens,
-        "max_new_tokens": new_tokens,
-        "pad_token_id": 0,
-        **options,
-    }
-    seconds = []
-    with evaluating(model):
-        for _ in range(1 + runs):
-            start = perf_counter()
-            # Fetching them waits for the device.
-            model.generate(ids, **settings).cpu()
-            seconds.append(perf_counter() - start)
-    on_gpu = ids.device.type == "cuda"
-    return DecodeSpeed(
-        batch * new_tokens / statistics.median(seconds[1:]),
-        new_tokens,
-        length,
-        batch,
-        runs,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=torch.cuda.get_device_name(ids.device) if on_gpu else f"{torch.get_num_threads()} CPU threads",
-    )
-
-
 def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
     """Token ids, int64 ``[tokens]``, of a text, or of a list of texts or a Dataset with a ``text`` column as one."""
     if isinstance(text_or_dataset, Tensor):
@@ -193,7 +116,7 @@ def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
     return tokenize(tokenizer, text)
 
 
-def _longest(model: Any) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens of the model's context, if it says so."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -201,7 +124,7 @@ def _longest(model: Any) -> int | None:
 def _windows(models: Sequence[Any], tokenizer: Any, text_or_dataset: Any, context: int) -> Tensor:
     """The text in windows, int64 ``[windows, tokens]``."""
     ids = token_ids(tokenizer, text_or_dataset)
-    longest = min((length for length in map(_longest, models) if length is not None), default=context)
+    longest = min((length for length in map(context_length, models) if length is not None), default=context)
     if context > longest:
         raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
     if context < 2 or ids.numel() < 2:

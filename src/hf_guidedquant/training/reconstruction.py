@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .calibration import Outline, Passage, Shelf
-from .config import ReconstructSpec
-from .errors import ModelError
-from .linears import dense_weight
-from .nn import GuidedLinear, LatentLinear, replace_module
-from .running import mixed_precision, repeatable_backward
-from .training import batches, rate, set_aside, shuffled, stacks
-from .triton_kernels import unpack_codes
-from .workers import Workers
+from ..calibration import Outline, Passage, Shelf
+from ..config import ReconstructSpec
+from ..errors import ModelError
+from ..linears import dense_weight
+from ..nn import GuidedLinear, LatentLinear, replace_module
+from ..running import mixed_precision, repeatable_backward
+from ..triton_kernels import unpack_codes
+from ..workers import Workers
+from .batches import batches, rate, set_aside, shuffled, stacks
 
 logger = logging.getLogger(__name__)
 

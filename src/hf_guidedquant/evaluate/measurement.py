@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .evaluate import DecodeSpeed
-from .nn import quantized_modules
-from .report import align, megabytes
+from ..nn import quantized_modules
+from ..report import align, megabytes
+from .speed import DecodeSpeed
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import EvaluationError, PackageMissingError, listed
-from .running import evaluating
+from ..errors import EvaluationError, PackageMissingError, listed
+from ..running import evaluating
 
 # The zero-shot tasks that papers about quantization report.
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande")

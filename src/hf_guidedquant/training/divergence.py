@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from .calibration.collector import MAX_BAD_ROWS, input_device
-from .errors import CalibrationError, ModelError
-from .running import evaluating
-from .training import stacks
+from ..calibration.collector import MAX_BAD_ROWS, input_device
+from ..errors import CalibrationError, ModelError
+from ..running import evaluating
+from .batches import stacks
 
 # Tokens whose logits exist at a time.
 _LOGIT_TOKENS = 512

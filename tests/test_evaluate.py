@@ -222,3 +222,11 @@ def test_decode_speed_hands_options_to_generate():
 def test_speed_of_nothing_or_beyond_the_context_is_refused(tokens, new_tokens, runs):
     with pytest.raises(EvaluationError):
         decode_speed(tiny_model(), ids(tokens), new_tokens, runs)
+
+
+@pytest.mark.parametrize("measure", [perplexity, lambda *given: compare(given[0], *given)])
+def test_nothing_is_kept_for_a_backward_pass(measure):
+    model, modes = tiny_model().requires_grad_(True), []
+    model.lm_head.register_forward_hook(lambda module, args, output: modes.append(output.requires_grad))
+    measure(model, None, torch.randint(VOCABULARY, (64,)), 16)
+    assert modes and not any(modes)

@@ -58,7 +58,7 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     """
     windows = _windows([model], tokenizer, text_or_dataset, context)
     loss = 0.0
-    with evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for tokens, (ours,) in _predictions([model], windows, "Perplexity"):
             loss += _loss(ours, tokens)
     return math.exp(loss / windows[:, 1:].numel())
@@ -86,7 +86,7 @@ def compare(model: Any, original: Any, tokenizer: Any, text_or_dataset: Any, con
     count = windows[:, 1:].numel()
     loss = original_loss = kl = 0.0
     agreed = 0
-    with evaluating(model), evaluating(original):
+    with torch.no_grad(), evaluating(model), evaluating(original):
         for tokens, (ours, theirs) in _predictions([model, original], windows, "Comparison"):
             if ours.shape != theirs.shape:
                 raise EvaluationError(

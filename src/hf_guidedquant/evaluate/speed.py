@@ -34,7 +34,6 @@ class DecodeSpeed:
         )
 
 
-@torch.no_grad()
 def decode_speed(model: Any, prompt: Tensor, new_tokens: int = 64, runs: int = 3, **options: Any) -> DecodeSpeed:
     """Tokens per second of ``generate``, greedy and of a fixed length: the median of some runs after one that warms up.
 

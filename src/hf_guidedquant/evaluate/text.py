@@ -38,6 +38,7 @@ class Comparison:
     context: int
 
 
+@torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 2048) -> float:
     """Perplexity on a text, by the protocol that quantization papers use.
 
@@ -58,7 +59,7 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
     """
     windows = _windows([model], tokenizer, text_or_dataset, context)
     loss = 0.0
-    with torch.no_grad(), evaluating(model):
+    with evaluating(model):
         for tokens, (ours,) in _predictions([model], windows, "Perplexity"):
             loss += _loss(ours, tokens)
     return math.exp(loss / windows[:, 1:].numel())
@@ -86,7 +87,7 @@ def compare(model: Any, original: Any, tokenizer: Any, text_or_dataset: Any, con
     count = windows[:, 1:].numel()
     loss = original_loss = kl = 0.0
     agreed = 0
-    with torch.no_grad(), evaluating(model), evaluating(original):
+    with evaluating(model), evaluating(original):
         for tokens, (ours, theirs) in _predictions([model, original], windows, "Comparison"):
             if ours.shape != theirs.shape:
                 raise EvaluationError(

@@ -146,14 +146,26 @@ def reconstruct(
 
 
 @dataclass(frozen=True)
+class _States:
+    """Hidden states of every row, ``[T, hidden]`` on the CPU, and the numbers of the rows whose are finite."""
+
+    rows: list[Tensor]
+    finite: frozenset[int]
+
+    def together(self, stack: Sequence[int], device: torch.device) -> Tensor:
+        """Rows as one batch on a device."""
+        return torch.stack([self.rows[index].to(device, non_blocking=True) for index in stack])
+
+
+@dataclass(frozen=True)
 class _Block:
     """A block to be trained: what it reads, and what it should give, of every row."""
 
     model: PreTrainedModel
     passage: Passage
     rows: Sequence[Tensor]
-    entering: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    entering: _States
+    targets: _States
     spec: ReconstructSpec
 
     def train(
@@ -228,36 +240,32 @@ class _Block:
     def _squared(self, stack: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Squared error of rows of one length, and the squares of what the original gives."""
         given = _run(self.passage, self.rows, stack, self.entering)
-        wanted = _together(self.targets, stack, given.device).float()
+        wanted = self.targets.together(stack, given.device).float()
         return (given.float() - wanted).square().sum(), wanted.square().sum()
 
     def _usable(self, which: Sequence[int]) -> list[int]:
         """Rows whose hidden states are finite; all, if there are none."""
-        good = [
-            i for i in which if bool(torch.isfinite(self.targets[i]).all() & torch.isfinite(self.entering[i]).all())
-        ]
+        finite = self.targets.finite & self.entering.finite
+        good = [index for index in which if index in finite]
         return good or list(which)
 
 
-def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: Sequence[Tensor] | None) -> list[Tensor]:
-    """What leaves the part of every row, ``[T, hidden]`` on the CPU."""
+def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: _States | None) -> _States:
+    """What leaves the part."""
     found: dict[int, Tensor] = {}
+    finite: dict[int, Tensor] = {}
     with torch.no_grad():
         for stack in stacks(rows, range(len(rows))):
             left = _run(passage, rows, stack, states)
             found |= {index: shelf.put(row) for index, row in zip(stack, left, strict=True)}
+            finite |= dict(zip(stack, left.isfinite().flatten(1).all(dim=1), strict=True))
     shelf.settle()
-    return [found[index] for index in range(len(rows))]
+    return _States([found[index] for index in range(len(rows))], frozenset(i for i, good in finite.items() if good))
 
 
-def _run(passage: Passage, rows: Sequence[Tensor], stack: Sequence[int], states: Sequence[Tensor] | None) -> Tensor:
-    entering = None if states is None else _together(states, stack, passage.device)
+def _run(passage: Passage, rows: Sequence[Tensor], stack: Sequence[int], states: _States | None) -> Tensor:
+    entering = None if states is None else states.together(stack, passage.device)
     return passage.run([rows[index] for index in stack], entering)
-
-
-def _together(states: Sequence[Tensor], stack: Sequence[int], device: torch.device) -> Tensor:
-    """Rows as one batch on a device."""
-    return torch.stack([states[index].to(device, non_blocking=True) for index in stack])
 
 
 def _quantized(model: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> GuidedLinear:

@@ -66,6 +66,8 @@ def main() -> None:
         seq_len=options.seq_len,
         num_samples=options.num_samples,
         num_groups=options.num_groups,
+        reconstruct=options.reconstruct,
+        distill=options.distill,
     )
     model.to(options.weights_on or options.device)
     if cuda:
@@ -92,7 +94,7 @@ def main() -> None:
     size = f"{options.num_samples} x {options.seq_len} tokens"
     print(f"\n{options.model}, {layers} layers, {options.bits} bits, {size}, {name}")
     for stage, value in seconds.items():
-        print(f"  {stage:12} {value:8.1f} s")
+        print(f"  {stage:14} {value:8.1f} s")
     rate = tokens * operations / report.seconds["calibration"]
     print(f"  calibration: {tokens / report.seconds['calibration']:.0f} tokens/s, {rate / 1e12:.0f} TFLOP/s", end="")
     print(f" = {rate / matrix_rate():.0%} of a bf16 product's" if cuda else "")
@@ -114,6 +116,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-groups", type=int, default=1)
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--reconstruct", action="store_true", help="train block by block afterwards")
+    parser.add_argument("--distill", action="store_true", help="train codebooks end to end afterwards")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--weights-on", choices=["cpu", "cuda"], help="where the weights wait for their turn")

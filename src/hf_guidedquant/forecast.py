@@ -175,7 +175,8 @@ def _training_seconds(
     machine = _Machine(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
     stack = stack_size(drawn.tokens, spec.batch_tokens)
     forward, backward = (
-        sum(machine.seconds(stack * op.flops, stack * op.nbytes) for op in drawn.work if op.backward is which) / stack
+        sum(machine.seconds(stack * op.flops, stack * op.nbytes) for op in drawn.block_work if op.backward is which)
+        / stack
         for which in (False, True)
     )
     # Without a guided pass its backward half is not known; either way the weights' gradients come on top of it.

@@ -228,3 +228,16 @@ def test_a_model_without_decoder_blocks_of_its_own_is_quantized_in_one_piece(row
     hf_guidedquant.quantize(odd, GuidedQuantConfig(bits=2, guided=guided, dataset=rows))
     for (name, one), other in zip(plain.state_dict().items(), odd.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_blocks_work_is_told_apart_from_the_heads(guided):
+    model, tokens = tiny_model("llama", blocks=4), 33
+    drawn = outline(model, tokens, guided, stay)
+    head = model.lm_head.weight.numel()
+    weights = sum(module.weight.numel() for module in linears(model).values())
+    products = 2 * tokens * weights * (2 if guided else 1)
+    # Two products of queries, keys and values forward, five backward, in each block.
+    attention = 4 * (14 if guided else 4) * 4 * tokens * tokens * 16
+    assert sum(operation.flops for operation in drawn.block_work) == products + attention
+    assert sum(operation.flops for operation in drawn.work) == products + attention + 2 * tokens * head * (1 + guided)

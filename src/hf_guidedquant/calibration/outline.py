@@ -53,6 +53,7 @@ class Outline:
         extra: Bytes beside those, at the worst moment of each block, forward or backward.
         after: The same from the last block to the loss and back; of a model without blocks, of everything.
         work: All operations of the row.
+        behind: From which to before which of these belong to what runs behind the blocks, and to the loss.
     """
 
     blocks: tuple[str, ...] = ()
@@ -66,6 +67,13 @@ class Outline:
     extra: tuple[int, ...] = ()
     after: int = 0
     work: tuple["Operation", ...] = field(default=(), repr=False, compare=False)
+    behind: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
+
+    @property
+    def block_work(self) -> tuple["Operation", ...]:
+        """Operations of the blocks, and of what runs before them."""
+        start, stop = self.behind
+        return self.work[:start] + self.work[stop:]
 
     def row_bytes(self, blocks: Sequence[int]) -> int:
         """Bytes that a row takes at the worst moment on its way through some of the blocks, in order."""
@@ -220,6 +228,8 @@ class _Watch:
         # Activations that linear modules have read, and in which state.
         self._read: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._after = 0
+        # Operations that were done when the last block ended, and when its gradient came.
+        self._behind, self._back = 0, 0
         self._apart = True  # nothing but hidden states leads from block to block
 
     @contextmanager
@@ -263,6 +273,7 @@ class _Watch:
     def _ends(self, module: nn.Module, args: tuple, output: Any) -> None:
         number, block = len(self._blocks) - 1, self._blocks[-1]
         block.end, block.forward = self.memory.now, self.memory.peak()
+        self._behind = self._back = len(self.memory.work)
         states = output[0] if isinstance(output, tuple) else output
         block.output = len(output) if isinstance(output, tuple) else None
         if not isinstance(states, Tensor):
@@ -275,6 +286,7 @@ class _Watch:
         peak = self.memory.peak()
         if number == len(self._blocks) - 1:
             self._after = peak
+            self._back = len(self.memory.work)
         else:
             self._blocks[number + 1].backward = peak
 
@@ -303,4 +315,5 @@ class _Watch:
             extra=tuple(max(b.forward, b.backward) - end for b, end in zip(blocks, ends, strict=True)),
             after=self._after - ends[-1],
             work=tuple(self.memory.work),
+            behind=(self._behind, self._back if self._guided else len(self.memory.work)),
         )

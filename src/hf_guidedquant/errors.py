@@ -96,7 +96,9 @@ class NonFiniteTensorError(CheckpointError):
 
     def __init__(self, what: str, names: Iterable[str]) -> None:
         self.names = list(names)
-        super().__init__(f"NaN or infinite {what} in {listed(self.names, 6)}. The checkpoint is damaged; download or save it again.")
+        super().__init__(
+            f"NaN or infinite {what} in {listed(self.names, 6)}. The checkpoint is damaged; download or save it again."
+        )
 
 
 class UnknownArchitectureError(CheckpointError):

@@ -202,6 +202,9 @@ def test_adapters_of_transformers_itself(tmp_path):
     again.add_adapter(settings(), adapter_name="second")
     randomize(again, seed=1)
     again.set_adapter("second")
+    # Adapters lie beside each other, not on top of each other.
+    assert sum(parameter.requires_grad for parameter in again.parameters()) == 2 * 14
+    assert not any("base_layer" in name for name in again.peft_config["second"].target_modules)
     assert not torch.equal(logits(again), expected)
     again.disable_adapters()
     assert torch.equal(logits(again), without)

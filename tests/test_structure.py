@@ -43,6 +43,7 @@ ROOMS = [
     "forecast",
     "run_folder",
     "pipeline",
+    "lora",
     "quantizer",
     "inspection",
     "weights",

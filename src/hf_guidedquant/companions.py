@@ -62,7 +62,8 @@ def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any
 
 
 def _is_quantized(model: Any) -> bool:
-    return getattr(model, "hf_quantizer", None) is not None
+    """Whether a quantized model is what will be saved: of one with adapters of its own, only these are."""
+    return getattr(model, "hf_quantizer", None) is not None and not getattr(model, "_hf_peft_config_loaded", False)
 
 
 def _write_card(model: Any, folder: Path, name: str, tags: list[str] | None = None) -> None:

@@ -159,6 +159,10 @@ class DecodingError(GuidedQuantError, ValueError):
         super().__init__(f"graphed_decode cannot do {request}. Call generate without custom_generate, which can.")
 
 
+class AdapterError(GuidedQuantError, ValueError):
+    """An adapter asks for something that quantized layers cannot do."""
+
+
 class WorkerError(GuidedQuantError, RuntimeError):
     """The processes that quantize a model together do not belong together, or one of them has stopped."""
 

@@ -136,6 +136,7 @@ class GuidedQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         config = self.quantization_config
         prepare_layers(model, config.fuse_layers, config.cache_dequantized)
+        _allow_adapters(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model, dtype or model.dtype)
@@ -156,6 +157,15 @@ class GuidedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _allow_adapters(model: Any) -> None:
+    try:
+        from . import lora
+    except ImportError as error:
+        logger.debug("No LoRA adapters: %s", error)
+    else:
+        lora.register(model)
 
 
 def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:

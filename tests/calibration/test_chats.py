@@ -153,6 +153,12 @@ def test_a_chat_that_the_template_refuses_is_a_named_error(mark, only):
         load([CHATS["system prompt"]], tokenizer_of(template), assistant_only_loss=only)
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_an_empty_chat_of_a_stream_is_a_named_error(template):
+    with pytest.raises(CalibrationError, match=r"chat template refuses a calibration chat: .*empty"):
+        assistant_labels(tokenizer_of(template), [])
+
+
 def test_a_tokenizer_that_does_not_tell_places_is_refused():
     class Slow:
         chat_template = PLAIN

@@ -99,6 +99,13 @@ def test_dataset_columns(column):
         load(dataset.remove_columns(column), ByteTokenizer())
 
 
+def test_a_dataset_of_all_splits_says_to_pick_one():
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["abcdefgh"]}))
+    with pytest.raises(CalibrationError, match=r"has the splits \['train'\]; pass one of them"):
+        load(splits, ByteTokenizer())
+
+
 @pytest.mark.parametrize("dataset", ["no-such-set", 3, [1, 2], [], ["", " "], [["a"]]])
 def test_what_is_not_understood_or_empty_says_what_is_allowed(dataset):
     with pytest.raises(CalibrationError, match=r"must be \"builtin\"|No calibration rows are left"):

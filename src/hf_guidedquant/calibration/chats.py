@@ -24,10 +24,7 @@ def chat_text(tokenizer: Any, chat: Chat, prompt: bool = False) -> str:
         CalibrationError: The template refuses the chat.
     """
     options = {"add_generation_prompt": True} if prompt else {}
-    try:
-        return tokenizer.apply_chat_template(list(chat), tokenize=False, **options)
-    except TemplateError as error:
-        raise CalibrationError(f"The tokenizer's chat template refuses a calibration chat: {error}") from error
+    return _apply(tokenizer, chat, tokenize=False, **options)
 
 
 def assistant_labels(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
@@ -59,14 +56,18 @@ def assistant_labels(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
     return ids, ids.masked_fill(~said, IGNORED)
 
 
-def _by_template(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
+def _apply(tokenizer: Any, chat: Chat, **options: Any) -> Any:
     try:
-        found = tokenizer.apply_chat_template(
-            list(chat), return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs={"verbose": False}
-        )
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(list(chat), **options)
+    except (TemplateError, ValueError) as error:
         raise CalibrationError(f"The tokenizer's chat template refuses a calibration chat: {error}") from error
-    return torch.tensor(found["input_ids"]), torch.tensor(found["assistant_masks"], dtype=torch.bool)
+
+
+def _by_template(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
+    quiet = {"verbose": False}
+    found = _apply(tokenizer, chat, return_dict=True, return_assistant_tokens_mask=True, tokenizer_kwargs=quiet)
+    said = torch.tensor(found["assistant_masks"], dtype=torch.bool)
+    return torch.tensor(found["input_ids"], dtype=torch.int64), said
 
 
 def _by_prefixes(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:

@@ -34,12 +34,14 @@ class HubDataset:
                 raise CalibrationError(f"dataset[{key!r}] = {value!r} is not allowed; it must be a name.")
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "HubDataset":
-        """From a user's dictionary.
+    def of(cls, settings: Any) -> "HubDataset | None":
+        """From a user's dictionary; None for anything else, a ``datasets.DatasetDict`` included.
 
         Raises:
             CalibrationError: It has no name, or keys that mean nothing.
         """
+        if not isinstance(settings, Mapping) or hasattr(settings, "column_names"):
+            return None
         known = [field.name for field in fields(cls)]
         if "name" not in settings or not set(settings) <= set(known):
             raise CalibrationError(

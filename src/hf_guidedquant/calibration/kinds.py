@@ -27,8 +27,7 @@ def check_dataset(dataset: Any, assistant_only_loss: bool = False) -> None:
     Raises:
         CalibrationError: Saying what is allowed.
     """
-    if isinstance(dataset, Mapping):
-        HubDataset.of(dataset)
+    HubDataset.of(dataset)
     if isinstance(dataset, str | os.PathLike):
         source, _ = classify(dataset)
         if assistant_only_loss:
@@ -43,8 +42,8 @@ def builtin_text() -> str:
 def no_chats(source: str) -> CalibrationError:
     """The error where there is no assistant whose tokens could count."""
     return CalibrationError(
-        f"assistant_only_loss needs chats, and the calibration data are {source!r}. Give lists of messages with role "
-        "and content as dataset, or leave it out."
+        f"assistant_only_loss needs chats, and the calibration data are {source!r}. Give lists of messages with "
+        "role and content as dataset, or leave assistant_only_loss out."
     )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -119,7 +119,7 @@ def load_rows(
         TokenizerMissingError: Texts or chats without a tokenizer.
     """
     generator = torch.Generator().manual_seed(seed)
-    hub = HubDataset.of(dataset) if isinstance(dataset, Mapping) else None
+    hub = HubDataset.of(dataset)
     source, items = classify(dataset) if hub is None else classify_columns(hub.open(), hub.column, hub.name)
     if assistant_only_loss and source != "chats":
         raise no_chats(source)

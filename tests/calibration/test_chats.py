@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
+from safetensors.torch import load_file
+from test_collector import reference
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -201,6 +203,24 @@ def test_the_provenance_tells_and_no_word_of_a_chat_is_saved(tmp_path):
     assert not any(b"ello" in file.read_bytes() for file in tmp_path.glob("*.json"))
     provenance = quantize(assistant_only_loss=False).config.quantization_config.provenance
     assert not {"assistant_only_loss", "loss_tokens"} & set(provenance)
+
+
+@pytest.mark.parametrize("only", [True, False])
+def test_the_statistics_of_a_run_are_of_the_loss_that_was_asked_for(only, tmp_path):
+    """From chats to Hessians: against float64 autograd of a loss over the characters that the oracle says."""
+    quantize(statistics=tmp_path, assistant_only_loss=only)
+    told = [oracle(chat) for chat in (CHATS["one turn"], CHATS["several turns"])]
+    rows = [torch.tensor(list(text.encode())[:64]) for text, _ in told]
+    counts = [torch.tensor(said[:64]) | (not only) for _, said in told]
+    hessians = reference(tiny_model(), rows, 1, True, counts)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        (file,) = tmp_path.glob(f"layers/*{name}*.safetensors")
+        found = load_file(file)["diagonal"]
+        expected = hessians[f"model.layers.0.mlp.{name}"].diagonal(dim1=1, dim2=2)
+        # As in the tests of Hessians.
+        bound = 40 * 96**0.5 * torch.finfo(torch.float32).eps * expected.amax()
+        assert expected.amax() > 0
+        assert (found - expected).abs().amax() <= bound, name
 
 
 @pytest.mark.parametrize("folder", ["run_dir", "statistics"])

@@ -114,6 +114,16 @@ def test_settings_reach_the_config():
     assert isinstance(cli._parser("").parse_args(["plan", "MODEL", "--bits", "3"]).bits, int)
 
 
+def test_a_dataset_of_the_hub_is_json():
+    given = ["--dataset", '{"name": "me/chats", "split": "test"}', "--assistant-only-loss"]
+    options = cli._parser("").parse_args(["quantize", "MODEL", "OUT", *given])
+    config = cli._config(options, cli._QUANTIZE_FIELDS)
+    assert config.dataset == {"name": "me/chats", "split": "test"}
+    assert config.assistant_only_loss is True
+    with pytest.raises(SystemExit):
+        cli._parser("").parse_args(["quantize", "MODEL", "OUT", "--dataset", '{"name": '])
+
+
 @pytest.mark.parametrize("command", ["plan", "quantize"])
 def test_every_setting_is_explained(command, capsys):
     page = help_of(capsys, command)

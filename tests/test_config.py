@@ -29,6 +29,7 @@ def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
     [
         ("method", "awq"),
         ("guided", 1),
+        ("assistant_only_loss", "assistant"),
         ("num_groups", 0),
         ("num_groups", 1025),
         ("lnq_iterations", -1),
@@ -64,6 +65,11 @@ def test_a_wrong_value_names_field_value_and_range(field, value):
         GuidedQuantConfig(**{field: value})
     assert f"GuidedQuantConfig.{field} = {value!r}" in str(caught.value)
     assert caught.value.allowed in str(caught.value)
+
+
+def test_assistant_only_loss_needs_a_loss():
+    with pytest.raises(ConfigError, match="assistant_only_loss = True is not allowed; it must be False without guided"):
+        GuidedQuantConfig(assistant_only_loss=True, guided=False)
 
 
 SPECS = {"reconstruct": ReconstructSpec, "distill": DistillSpec}

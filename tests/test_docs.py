@@ -34,7 +34,8 @@ def test_the_settings_table_gives_the_real_defaults():
     rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     defaults = {field: default for fields, default in rows for field in re.findall(r"`(\w+)`", fields)}
     config = GuidedQuantConfig()
-    for field in ("bits", "method", "guided", "num_groups", "dataset", "distill", "cache_dequantized", "fuse_layers"):
+    single = ("bits", "method", "guided", "num_groups", "dataset", "assistant_only_loss", "distill")
+    for field in (*single, "cache_dequantized", "fuse_layers"):
         assert ast.literal_eval(defaults[field].strip("`")) == getattr(config, field), field
     assert defaults["num_samples"] == f"{config.num_samples}, {config.seq_len}, {config.seed}"
     assert defaults["lnq_iterations"] == f"{config.lnq_iterations}, {config.lnq_cycles}"

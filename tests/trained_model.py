@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_guidedquant.calibration.rows import builtin_text
+from hf_guidedquant.calibration.kinds import builtin_text
 
 HELD_OUT = Path(__file__).parent.parent / "examples" / "held_out.txt"
 ROW = 64

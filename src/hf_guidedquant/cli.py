@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from .calibration.rows import builtin_text
+from .calibration.kinds import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import METHODS, PRESETS, GuidedQuantConfig
 from .errors import GuidedQuantError, TokenizerMissingError
@@ -39,9 +39,21 @@ _INTERRUPTED = 130
 _PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
 # Fields of GuidedQuantConfig that are options, in the order of the help.
 _PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device")
-_QUANTIZE_FIELDS = (*_PLAN_FIELDS, "dataset", "seed", "reconstruct", "distill", "run_dir", "statistics")
+_QUANTIZE_FIELDS = (
+    *_PLAN_FIELDS,
+    "dataset",
+    "assistant_only_loss",
+    "seed",
+    "reconstruct",
+    "distill",
+    "run_dir",
+    "statistics",
+)
 # What the class takes, but a command line cannot be given, is left out.
-_TEXTS = {"dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", or the path of a text file.'}
+_TEXTS = {
+    "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or any dataset '
+    """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'."""
+}
 _CONTEXT = introspection.signature(perplexity).parameters["context"].default
 
 
@@ -293,8 +305,14 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             parse = {"action": argparse.BooleanOptionalAction}
         elif name == "method":
             parse = {"choices": METHODS}
+        elif name == "dataset":
+            parse = {"type": _dataset}
         # What is not given is left to the preset, or else to the config.
         parser.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=about, **parse)
+
+
+def _dataset(text: str) -> str | dict[str, Any]:
+    return json.loads(text) if text.startswith("{") else text
 
 
 def _number(text: str) -> int | float:

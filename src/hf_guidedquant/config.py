@@ -170,7 +170,12 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             ``bits``, ``method``. A later entry wins over an earlier one.
         dataset: Calibration data: ``"builtin"`` (shipped with the package), ``"wikitext2"``, ``"c4"``, ``"redpajama"``
             (through `datasets`), the path of a text file, a list of texts, a list of chats, a ``datasets.Dataset``, or
-            a list of 1-D LongTensors of token ids, which are used as they are.
+            a list of 1-D LongTensors of token ids, which are used as they are. Any other dataset of the Hub is a
+            dictionary: ``name``, and if needed ``config``, ``split`` (default: ``"train"``) and ``column`` (of texts,
+            chats or token ids). Only its first records are read, as many as it takes.
+        assistant_only_loss: Of chats, the end loss counts only what the assistant says, so that weights are rounded
+            by what they do to that. Chats where it says nothing are dropped. Needs ``guided``. Training afterwards
+            (``reconstruct``, ``distill``) learns from all tokens.
         tokenizer: Tokenizer object, or the name or folder of one. Default: the model's own.
         num_samples: Calibration rows to use at most. 1-1,000,000.
         seq_len: Tokens per calibration row. 2-1,048,576; cut to the model's context length.
@@ -211,6 +216,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     modules_to_not_convert: list[str] | None = None
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     dataset: Any = "builtin"
+    assistant_only_loss: bool = False
     tokenizer: Any = None
     num_samples: int = 128
     seq_len: int = 2048
@@ -246,6 +252,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_int("seq_len", self.seq_len, 2, 2**20)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_bool("guided", self.guided)
+        _check_bool("assistant_only_loss", self.assistant_only_loss)
+        if self.assistant_only_loss and not self.guided:
+            raise ConfigError("assistant_only_loss", True, "False without guided, where no loss is looked at")
         _check_bool("cache_dequantized", self.cache_dequantized)
         _check_bool("fuse_layers", self.fuse_layers)
         _check_device("device", self.device)

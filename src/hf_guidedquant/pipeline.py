@@ -290,6 +290,7 @@ def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan:
         num_samples=config.num_samples,
         seq_len=config.seq_len,
         seed=config.seed,
+        assistant_only_loss=config.assistant_only_loss,
         context=longest,
         vocab_size=stored_weight(model.get_input_embeddings()).shape[0],
     )

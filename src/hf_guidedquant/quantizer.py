@@ -11,7 +11,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from . import checkpoint, companions, pipeline
-from .calibration.rows import check_dataset
+from .calibration.kinds import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .formats.lut import TensorSpec
@@ -69,7 +69,7 @@ class GuidedQuantizer(HfQuantizer):
         if self.pre_quantized:
             return
         pipeline.check_grad_mode()
-        check_dataset(self.quantization_config.dataset)
+        check_dataset(self.quantization_config.dataset, self.quantization_config.assistant_only_loss)
         with open_run_folder(self.quantization_config.run_dir if Workers().first else None):
             pass  # A folder that cannot be used must not be noticed after the weights are loaded.
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()

@@ -32,7 +32,8 @@ _ABOUT = (
 # Modules and provenance are results of the run. Solved layers do not depend on the training, which starts over from
 # them whenever the run does.
 _NOT_OF_LAYERS = ("modules", "provenance", "reconstruct", "distill")
-_SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), "num_samples", "seq_len", "seed")
+_OF_DATA = ("num_samples", "seq_len", "seed", "assistant_only_loss")
+_SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), *_OF_DATA)
 
 # A layer's packed tensors, and its entry of the report.
 Finished = tuple[dict[str, Tensor], LayerReport]

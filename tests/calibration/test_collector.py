@@ -23,18 +23,21 @@ def gather(model, rows, **options):
     return {name: layer.hessian for name, layer in gather_statistics(model, rows, **options).items()}
 
 
-def gather_statistics(model, rows, groups=3, guided=True, diagonal=False):
+def gather_statistics(model, rows, groups=3, guided=True, diagonal=False, labels=None):
     statistics = {}
     for name, module in linears(model).items():
         inputs = dense_weight(module).shape[1]
         shape = (groups, inputs) if diagonal else (groups, inputs, inputs)
         statistics[name] = LayerStatistics.empty(shape, torch.device("cpu"))
-    Relay(model, Outline(), [(0, 0)], rows, guided=guided).collect(0, statistics)
+    Relay(model, Outline(), [(0, 0)], rows, guided=guided, labels=labels).collect(0, statistics)
     return statistics
 
 
-def reference(model, rows, groups, guided):
-    """Float64, straight from the definition: loss gradients of every layer's output by autograd."""
+def reference(model, rows, groups, guided, counts=None):
+    """Float64, straight from the definition: loss gradients of every layer's output by autograd.
+
+    ``counts`` is 1 for every token of every row whose loss counts, 0 for the others.
+    """
     model = model.double()
     seen = {}
 
@@ -46,9 +49,10 @@ def reference(model, rows, groups, guided):
 
     handles = [module.register_forward_hook(keep(name)) for name, module in linears(model).items()]
     hessians = {}
-    for row in rows:
+    for row, count in zip(rows, counts or map(torch.ones_like, rows), strict=True):
         logits = model(input_ids=row[None], use_cache=False).logits[0]
-        loss = F.cross_entropy(logits[:-1], row[1:], reduction="sum")
+        losses = -logits[:-1].log_softmax(-1)[range(len(row) - 1), row[1:]]
+        loss = (losses * count[1:]).sum()
         outputs = [output for _, output in seen.values()]
         for (name, (x, output)), grad in zip(seen.items(), torch.autograd.grad(loss, outputs), strict=True):
             size = -(-output.shape[-1] // groups)
@@ -70,6 +74,23 @@ def test_hessians_equal_float64_autograd(any_model, rows, guided):
         bound = 40 * 96**0.5 * EPS32 * expected.abs().amax()
         assert expected.abs().amax() > 0
         assert (found[name] - expected).abs().amax() <= bound, name
+
+
+def test_hessians_of_a_loss_that_counts_some_tokens_equal_float64_autograd(any_model, rows):
+    generator = torch.Generator().manual_seed(1)
+    counts = [torch.randint(2, row.shape, generator=generator) for row in rows]
+    labels = [row.where(count == 1, -100) for row, count in zip(rows, counts, strict=True)]
+    found, plain = gather(any_model, rows, labels=labels), gather(any_model, rows)
+    for name, expected in reference(any_model, rows, 3, True, counts).items():
+        bound = 40 * 96**0.5 * EPS32 * expected.abs().amax()
+        assert (found[name] - expected).abs().amax() <= bound < (plain[name] - expected).abs().amax(), name
+
+
+def test_labels_change_nothing_where_no_loss_is_looked_at(llama, rows):
+    labels = [torch.full_like(row, -100) for row in rows]
+    found, plain = gather(llama, rows, guided=False, labels=labels), gather(llama, rows, guided=False)
+    for name, hessian in plain.items():
+        assert torch.equal(found[name], hessian), name
 
 
 def test_diagonals_are_the_hessians_diagonals(llama, rows):

@@ -31,9 +31,9 @@ def statistics_of(model, drawn, start, stop, groups=2):
     return found
 
 
-def gather(model, rows, borders, guided=True, skip=()):
+def gather(model, rows, borders, guided=True, skip=(), labels=None):
     drawn = outline(model, rows[0].numel(), guided, stay)
-    relay = Relay(model, drawn, borders, rows, guided=guided)
+    relay = Relay(model, drawn, borders, rows, guided=guided, labels=labels)
     found = {}
     for number in relay.order:
         if number not in skip:
@@ -56,6 +56,15 @@ def test_segments_change_nothing(four_blocks, rows, borders, guided):
     for name, hessian in whole.items():
         assert hessian.abs().amax() > 0
         assert torch.equal(hessian, divided[name]), name
+
+
+def test_segments_share_the_labels(rows):
+    model = tiny_model(blocks=2)
+    labels = [row.where(torch.arange(len(row)) % 3 == index % 3, -100) for index, row in enumerate(rows)]
+    whole, divided = (gather(model, rows, parts, labels=labels) for parts in ([(0, 2)], [(0, 1), (1, 2)]))
+    plain = gather(model, rows, [(0, 2)])
+    for name, hessian in whole.items():
+        assert torch.equal(hessian, divided[name]) and not torch.equal(hessian, plain[name]), name
 
 
 @pytest.mark.parametrize("guided", [True, False])

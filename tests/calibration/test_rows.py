@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guidedquant.calibration import load_rows
-from hf_guidedquant.calibration.rows import builtin_text
+from hf_guidedquant.calibration.kinds import builtin_text
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -99,7 +99,14 @@ def test_dataset_columns(column):
         load(dataset.remove_columns(column), ByteTokenizer())
 
 
-@pytest.mark.parametrize("dataset", ["no-such-set", 3, {"text": "x"}, [1, 2], [], ["", " "], [["a"]]])
+def test_a_dataset_of_all_splits_says_to_pick_one():
+    datasets = pytest.importorskip("datasets")
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["abcdefgh"]}))
+    with pytest.raises(CalibrationError, match=r"has the splits \['train'\]; pass one of them"):
+        load(splits, ByteTokenizer())
+
+
+@pytest.mark.parametrize("dataset", ["no-such-set", 3, [1, 2], [], ["", " "], [["a"]]])
 def test_what_is_not_understood_or_empty_says_what_is_allowed(dataset):
     with pytest.raises(CalibrationError, match=r"must be \"builtin\"|No calibration rows are left"):
         load(dataset, ByteTokenizer())

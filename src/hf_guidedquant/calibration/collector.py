@@ -4,9 +4,9 @@ For a layer with inputs ``x_t`` and outputs ``z_t`` the Hessian of row group ``J
 
     H_k = Σ_t s_k[t] x_t x_tᵀ,     s_k[t] = mean over j in J_k of (∂ℓ/∂z[t, j])²
 
-with ℓ the next-token cross-entropy of the unquantized model, summed over tokens. ``s ≡ 1`` is the plain layer-wise
-objective. Weights stay frozen: a node behind each layer's output sees the output gradient during the backward pass,
-with the layer's input still in hand, and adds to ``H`` there and then, on the layer's device.
+with ℓ the next-token cross-entropy of the unquantized model, summed over the tokens that count. ``s ≡ 1`` is the plain
+layer-wise objective. Weights stay frozen: a node behind each layer's output sees the output gradient during the
+backward pass, with the layer's input still in hand, and adds to ``H`` there and then, on the layer's device.
 """
 
 import logging
@@ -114,12 +114,12 @@ class Row:
     valid: Tensor
 
 
-def end_loss(output: Any, ids: Tensor) -> Tensor:
+def end_loss(output: Any, labels: Tensor) -> Tensor:
     """Next-token cross-entropy of a row, summed over its tokens.
 
     Args:
-        output: What a causal language model gave for ``ids``.
-        ids: Token ids, int64 ``[T]``.
+        output: What a causal language model gave for the row.
+        labels: Its token ids, int64 ``[T]``, with -100 in place of those that do not count.
 
     Raises:
         ModelError: The model gives no logits.
@@ -130,7 +130,7 @@ def end_loss(output: Any, ids: Tensor) -> Tensor:
             "The model gives no logits for every token, so there is no end loss to be guided by. "
             "Load the model with its language-model head (AutoModelForCausalLM), or use guided=False."
         )
-    return _cross_entropy(logits[0, :-1], ids[1:].to(logits.device))
+    return _cross_entropy(logits[0, :-1], labels[1:].to(logits.device))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

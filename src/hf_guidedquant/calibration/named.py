@@ -16,17 +16,22 @@ _PATIENCE = 20_000
 _SHUFFLE_BUFFER = 10_000
 
 
-def _load(*args: Any, **kwargs: Any) -> Any:
+def fetch(*args: Any, **kwargs: Any) -> Any:
+    """``datasets.load_dataset``.
+
+    Raises:
+        CalibrationError: The package is not there, or the dataset is not; the message has what `datasets` says.
+    """
     try:
         import datasets
     except ImportError as error:
         raise CalibrationError(
-            "Named calibration sets need the `datasets` package: pip install 'hf-guidedquant[datasets]', "
+            "Calibration sets from the Hub need the `datasets` package: pip install 'hf-guidedquant[datasets]', "
             'or use dataset="builtin", which needs nothing.'
         ) from error
     try:
         return datasets.load_dataset(*args, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise CalibrationError(
             f'The calibration set {args[0]} cannot be fetched: {error}. dataset="builtin" needs no network.'
         ) from error
@@ -39,7 +44,7 @@ def _window(ids: Tensor, seq_len: int, generator: torch.Generator) -> Tensor:
 
 def _wikitext2(tokenize: Tokenize, num_samples: int, seq_len: int, generator: torch.Generator) -> list[Tensor]:
     """Random windows of the whole training text (GPTQ's sampling)."""
-    lines = _load("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")["text"]
+    lines = fetch("Salesforce/wikitext", "wikitext-2-raw-v1", split="train")["text"]
     ids = tokenize("\n\n".join(lines))
     if ids.numel() < seq_len:
         return []
@@ -69,7 +74,7 @@ def _from_long_documents(documents: Iterator[str]) -> Sampler:
 
 def _streamed(*path: str, **kwargs: Any) -> Sampler:
     def sample(tokenize: Tokenize, num_samples: int, seq_len: int, generator: torch.Generator) -> list[Tensor]:
-        stream = _load(*path, split="train", streaming=True, **kwargs)
+        stream = fetch(*path, split="train", streaming=True, **kwargs)
         stream = stream.shuffle(seed=generator.initial_seed(), buffer_size=_SHUFFLE_BUFFER)
         return _from_long_documents(row["text"] for row in stream)(tokenize, num_samples, seq_len, generator)
 

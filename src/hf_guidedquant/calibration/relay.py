@@ -40,6 +40,7 @@ class Relay:
         rows: Token ids, int64 ``[T]`` each.
         guided: Weigh tokens by the squared output gradient; segments then come last to first. Otherwise all tokens
             count 1, there is no backward pass, and segments come first to last.
+        labels: The rows with -100 in place of tokens that the loss does not count. Default: It counts all.
         place: Where the work on weights of a device is done; they are there while their segment runs.
         workers: Processes that share the rows; all end with the statistics of all rows.
     """
@@ -52,6 +53,7 @@ class Relay:
         rows: Sequence[Tensor],
         *,
         guided: bool,
+        labels: Sequence[Tensor] | None = None,
         place: Callable[[torch.device], torch.device] = lambda device: device,
         workers: Workers | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class Relay:
         self._workers = workers or Workers()
         self._total_rows = len(rows)
         self._rows = self._workers.share(rows)
+        self._labels = self._rows if labels is None else self._workers.share(labels)
         self._passage = Passage(model, outline, place)
         # Of every row, on the CPU: the hidden states that enter a block, by its number, and the gradient of what left
         # the segment that comes next.
@@ -149,7 +152,7 @@ class Relay:
         """A row forward and backward; the gradient of what enters the segment, if it is not the first."""
         left = self._run(index, start)
         if stop == len(self._passage):
-            left, gradient = end_loss(left, self._rows[index]), None
+            left, gradient = end_loss(left, self._labels[index]), None
             row.valid = torch.isfinite(left.detach())
         else:
             gradient, row.valid = self._gradients[index].to(left.device, non_blocking=True), self._valid[index]

@@ -2,25 +2,25 @@
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.resources import files
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, TokenizerMissingError
+from .chats import IGNORED, assistant_labels, chat_text
+from .hub import HubDataset
+from .kinds import classify, classify_columns, no_chats
 from .named import NAMED_DATASETS
 
 logger = logging.getLogger(__name__)
 
-_KINDS = (
-    '"builtin", ' + ", ".join(f'"{name}"' for name in NAMED_DATASETS) + ", the path of a text file, a list of texts, "
-    "a list of chats, a datasets.Dataset, or a list of 1-D LongTensors"
-)
+# Chats that are read from a stream without being of use, until there is no hope.
+_PATIENCE = 20_000
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,13 @@ class Calibration:
 
     Attributes:
         rows: int64 ``[seq]`` each, on the CPU; lengths may differ.
-        source: What kind of data it was: a named set, ``"texts"``, ``"chats"``, ``"text file"`` or ``"token rows"``.
+        source: What kind of data it was: a named set, ``"texts"``, ``"chats"``, ``"text file"`` or ``"token rows"``,
+            or where on the Hub it was.
         requested: Rows that were asked for.
         dropped: Reason -> number of rows or texts that were left out.
         tokenizer: What read the texts; None for token rows.
+        labels: The rows once more, with -100 in place of tokens that the end loss does not count. None if it counts
+            all.
     """
 
     rows: list[Tensor]
@@ -40,32 +43,41 @@ class Calibration:
     requested: int
     dropped: dict[str, int] = field(default_factory=dict)
     tokenizer: Any = field(default=None, repr=False)
+    labels: list[Tensor] | None = None
 
     @property
     def tokens(self) -> int:
         return sum(row.numel() for row in self.rows)
 
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that the end loss counts. A row's first one is never among them, as nothing foretells it."""
+        return sum(int((row[1:] != IGNORED).sum()) for row in self.labels or self.rows)
+
     def sha256(self) -> str:
-        """Hash of the token ids of all rows, in order."""
+        """Hash of the token ids of all rows, in order, and of the labels if there are any."""
         digest = hashlib.sha256()
-        for row in self.rows:
+        for row in (*self.rows, *(self.labels or ())):
             digest.update(row.numel().to_bytes(8, "little"))
             digest.update(row.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """What may be told about the data: no texts, no paths."""
-        return {
+        told = {
             "calibration": self.source,
             "sha256": self.sha256(),
             "rows": len(self.rows),
             "tokens": self.tokens,
             "seq_len": max(row.numel() for row in self.rows),
         }
+        return told if self.labels is None else told | {"assistant_only_loss": True, "loss_tokens": self.loss_tokens}
 
     def describe(self) -> str:
         """One line for the log: what was kept, what was dropped, and why."""
         text = f"Calibration data ({self.source}): {len(self.rows)} rows, {self.tokens:,} tokens"
+        if self.labels is not None:
+            text += f", {self.loss_tokens:,} of them the assistant's"
         if len(self.rows) < self.requested:
             text += f"; {self.requested} rows were asked for, the data has no more"
         if self.dropped:
@@ -80,6 +92,7 @@ def load_rows(
     num_samples: int,
     seq_len: int,
     seed: int,
+    assistant_only_loss: bool = False,
     vocab_size: int | None = None,
     context: int | None = None,
 ) -> Calibration:
@@ -87,7 +100,7 @@ def load_rows(
 
     Texts are read as one stream (joined by blank lines) and cut into rows of ``seq_len`` tokens; if there are more rows
     than ``num_samples``, a seeded choice of them is taken. A chat is one row, cut off at ``seq_len``. Token rows are
-    used as they are.
+    used as they are. Of streams, only the first records are read, as many as it takes.
 
     Args:
         dataset: See :class:`GuidedQuantConfig`.
@@ -95,15 +108,21 @@ def load_rows(
         num_samples: Rows to keep at most.
         seq_len: Tokens per row.
         seed: Seed of the choice of rows.
+        assistant_only_loss: Of chats, the end loss counts only what the assistant says. Chats where it says nothing
+            are dropped.
         vocab_size: If given, token ids at or above it are refused.
         context: If given, rows of text are at most so long, and longer token rows are refused.
 
     Raises:
-        CalibrationError: Unknown kind of data, no usable rows, or rows that the model cannot read.
+        CalibrationError: Unknown kind of data, no usable rows, or rows that the model cannot read; or what the
+            assistant says is asked for and cannot be told.
         TokenizerMissingError: Texts or chats without a tokenizer.
     """
     generator = torch.Generator().manual_seed(seed)
-    source, items = _classify(dataset)
+    hub = HubDataset.of(dataset)
+    source, items = classify(dataset) if hub is None else classify_columns(hub.open(), hub.column, hub.name)
+    if assistant_only_loss and source != "chats":
+        raise no_chats(source)
     if context is not None and context < seq_len and source != "token rows":
         logger.info("Rows are cut to the model's context of %d tokens (seq_len=%d).", context, seq_len)
         seq_len = context
@@ -115,7 +134,7 @@ def load_rows(
             "Pass GuidedQuantConfig(tokenizer=...), or a list of 1-D LongTensors of token ids as dataset."
         )
     elif source == "chats":
-        calibration = _from_chats(items, tokenizer, num_samples, seq_len)
+        calibration = _from_chats(items, tokenizer, num_samples, seq_len, assistant_only_loss)
     elif source in NAMED_DATASETS:
         rows = NAMED_DATASETS[source](partial(tokenize, tokenizer), num_samples, seq_len, generator)
         calibration = Calibration(rows, source, num_samples)
@@ -123,6 +142,8 @@ def load_rows(
         calibration = _from_texts(items, tokenizer, source, num_samples, seq_len, generator)
     if source != "token rows":
         calibration = replace(calibration, tokenizer=tokenizer)
+    if hub is not None:
+        calibration = replace(calibration, source=hub.describe() or source)
     if not calibration.rows:
         raise CalibrationError(f"No calibration rows are left. {calibration.describe()} Use more or longer texts.")
     longest = max(row.numel() for row in calibration.rows)
@@ -138,73 +159,8 @@ def load_rows(
     return calibration
 
 
-def check_dataset(dataset: Any) -> None:
-    """Refuse a name that is neither a known set nor a file, before anything expensive happens.
-
-    Raises:
-        CalibrationError: Saying what is allowed.
-    """
-    if isinstance(dataset, str | os.PathLike) and dataset not in ("builtin", *NAMED_DATASETS):
-        _classify(dataset)
-
-
-def builtin_text() -> str:
-    """The public-domain English text that ships with the package (sources: BUILTIN_TEXT.md beside it)."""
-    return (files(__package__) / "builtin.txt").read_text(encoding="utf-8")
-
-
-def _classify(dataset: Any) -> tuple[str, Any]:
-    """The kind of a dataset value, and its items: texts, chats (lists of messages) or token rows."""
-    if isinstance(dataset, str) and dataset == "builtin":
-        return "builtin", builtin_text().split("\n\f\n")
-    if isinstance(dataset, str) and dataset in NAMED_DATASETS:
-        return dataset, None
-    if isinstance(dataset, str | os.PathLike):
-        if os.path.isfile(dataset):
-            with open(dataset, encoding="utf-8", errors="replace") as file:
-                return "text file", [file.read()]
-        raise CalibrationError(f"dataset={os.fspath(dataset)!r} is no known name and no file; it must be {_KINDS}.")
-    if hasattr(dataset, "column_names"):
-        return _classify_columns(dataset)
-    if isinstance(dataset, Tensor):
-        return "token rows", list(dataset if dataset.dim() == 2 else dataset.unsqueeze(0))
-    if isinstance(dataset, Iterable) and not isinstance(dataset, Mapping):
-        return _classify_items(list(dataset))
-    raise CalibrationError(f"dataset of type {type(dataset).__name__} is not understood; it must be {_KINDS}.")
-
-
-def _classify_columns(dataset: Any) -> tuple[str, Any]:
-    columns = dataset.column_names
-    if isinstance(columns, Mapping):
-        raise CalibrationError(f"The dataset has the splits {list(columns)}; pass one of them, like dataset['train'].")
-    if columns is None:  # a stream that does not know before it is read
-        columns = list(next(iter(dataset), {}))
-    if "input_ids" in columns:
-        return "token rows", [torch.as_tensor(row["input_ids"], dtype=torch.int64) for row in dataset]
-    if "messages" in columns:
-        return "chats", [row["messages"] for row in dataset]
-    if "text" in columns:
-        return "texts", [row["text"] for row in dataset]
-    raise CalibrationError(
-        f"The dataset has the columns {columns}; one must be called input_ids (token ids), messages (chats) or text."
-    )
-
-
-def _classify_items(items: list[Any]) -> tuple[str, Any]:
-    if not items:
-        raise CalibrationError("No calibration rows are left: the dataset is an empty list.")
-    if all(isinstance(item, str) for item in items):
-        return "texts", items
-    if all(isinstance(item, Tensor) for item in items):
-        return "token rows", items
-    chats = [item["messages"] if isinstance(item, Mapping) and "messages" in item else item for item in items]
-    if all(isinstance(chat, list | tuple) and chat and all(isinstance(m, Mapping) for m in chat) for chat in chats):
-        return "chats", chats
-    kinds = ", ".join(sorted({type(item).__name__ for item in items}))
-    raise CalibrationError(f"A list of {kinds} is not understood as calibration data; it must be {_KINDS}.")
-
-
-def _from_token_rows(items: Sequence[Tensor], num_samples: int) -> Calibration:
+def _from_token_rows(items: Iterable[Tensor], num_samples: int) -> Calibration:
+    items = items if isinstance(items, Sequence) else list(islice(items, num_samples))
     for index, row in enumerate(items):
         if row.dim() != 1 or row.is_floating_point() or row.dtype == torch.bool:
             raise CalibrationError(
@@ -219,8 +175,10 @@ def _from_token_rows(items: Sequence[Tensor], num_samples: int) -> Calibration:
 
 
 def _from_texts(
-    texts: Sequence[str], tokenizer: Any, source: str, num_samples: int, seq_len: int, generator: torch.Generator
+    texts: Iterable[str], tokenizer: Any, source: str, num_samples: int, seq_len: int, generator: torch.Generator
 ) -> Calibration:
+    if not isinstance(texts, Sequence):
+        texts = _enough(texts, tokenizer, num_samples * seq_len)
     filled = [text for text in texts if text and text.strip()]
     stream = tokenize(tokenizer, "\n\n".join(filled))
     count = stream.numel() // seq_len
@@ -235,29 +193,52 @@ def _from_texts(
     return Calibration([row.clone() for row in rows], source, num_samples, dropped)
 
 
-def _from_chats(chats: Sequence[Any], tokenizer: Any, num_samples: int, seq_len: int) -> Calibration:
+def _enough(texts: Iterable[str], tokenizer: Any, tokens: int) -> list[str]:
+    """The first texts of a stream, with so many tokens in all."""
+    found: list[str] = []
+    for text in texts:
+        found.append(text)
+        tokens -= tokenize(tokenizer, text or "").numel()
+        if tokens <= 0:
+            break
+    return found
+
+
+def _from_chats(
+    chats: Iterable[Any], tokenizer: Any, num_samples: int, seq_len: int, assistant_only_loss: bool
+) -> Calibration:
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError("The calibration data are chats, but the tokenizer has no chat template.")
+    known = len(chats) if isinstance(chats, Sized) else None
     rows: list[Tensor] = []
-    short = cut = 0
-    for chat in chats:
-        if len(rows) == num_samples:
-            break
-        text = tokenizer.apply_chat_template(list(chat), tokenize=False)
-        ids = tokenize(tokenizer, text)
+    labels: list[Tensor] = []
+    short = silent = cut = 0
+    for chat in islice(chats, known or num_samples + _PATIENCE):
+        if assistant_only_loss:
+            ids, said = assistant_labels(tokenizer, chat)
+        else:
+            ids = said = tokenize(tokenizer, chat_text(tokenizer, chat))
         if ids.numel() < 2:
             short += 1
             continue
+        if (said[1:seq_len] == IGNORED).all():
+            silent += 1
+            continue
         cut += ids.numel() > seq_len
         rows.append(ids[:seq_len].clone())
+        labels.append(said[:seq_len].clone())
+        if len(rows) == num_samples:
+            break
     dropped = _counts(
         {
             "chats shorter than 2 tokens": short,
-            "chats beyond num_samples": len(chats) - len(rows) - short,
+            f"chats whose first {seq_len} tokens have nothing that the assistant says": silent,
+            "chats beyond num_samples": 0 if known is None else known - len(rows) - short - silent,
             f"chat ends past {seq_len} tokens": cut,
         }
     )
-    return Calibration(rows, "chats", min(num_samples, len(chats)), dropped)
+    requested = num_samples if known is None else min(num_samples, known)
+    return Calibration(rows, "chats", requested, dropped, labels=labels if assistant_only_loss else None)
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:

@@ -164,10 +164,11 @@ def relay_for(
     workers: Workers,
 ) -> Relay:
     """The rows at the start, to go through these segments."""
-    rows = [] if calibration is None else calibration.rows
+    rows, labels = ([], None) if calibration is None else (calibration.rows, calibration.labels)
     # A model that cannot be run in parts is one segment without blocks.
     borders = [(segment.start, min(segment.stop, len(drawn.blocks))) for segment in segments]
-    return Relay(model, drawn, borders, rows, guided=config.guided, place=place_for(config), workers=workers)
+    place = place_for(config)
+    return Relay(model, drawn, borders, rows, guided=config.guided, labels=labels, place=place, workers=workers)
 
 
 def divide(

@@ -151,4 +151,5 @@ def statistics_identity(
         "calibration data": calibration.sha256(),
         "guided": config.guided,
         "num_groups": config.num_groups if config.guided else 1,
+        "assistant_only_loss": config.assistant_only_loss,
     }

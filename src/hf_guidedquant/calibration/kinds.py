@@ -1,0 +1,128 @@
+"""What kind of calibration data a user's value is: texts, chats, token rows, or the name of a set."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError
+from .hub import HubDataset
+from .named import NAMED_DATASETS
+
+_KINDS = (
+    '"builtin", ' + ", ".join(f'"{name}"' for name in NAMED_DATASETS) + ", the path of a text file, a list of texts, "
+    "a list of chats, a datasets.Dataset, a dataset of the Hub as a dictionary of name, config, split and column, or a "
+    "list of 1-D LongTensors"
+)
+# Columns that are recognised by their names, the first one first.
+_COLUMNS = {"input_ids": "token rows", "messages": "chats", "text": "texts"}
+
+
+def check_dataset(dataset: Any, assistant_only_loss: bool = False) -> None:
+    """Refuse a name that is neither a known set nor a file, and what is no chat, before anything expensive happens.
+
+    Raises:
+        CalibrationError: Saying what is allowed.
+    """
+    HubDataset.of(dataset)
+    if isinstance(dataset, str | os.PathLike):
+        source, _ = classify(dataset)
+        if assistant_only_loss:
+            raise no_chats(source)
+
+
+def builtin_text() -> str:
+    """The public-domain English text that ships with the package (sources: BUILTIN_TEXT.md beside it)."""
+    return (files(__package__) / "builtin.txt").read_text(encoding="utf-8")
+
+
+def no_chats(source: str) -> CalibrationError:
+    """The error where there is no assistant whose tokens could count."""
+    return CalibrationError(
+        f"assistant_only_loss needs chats, and the calibration data are {source!r}. Give lists of messages with "
+        "role and content as dataset, or leave assistant_only_loss out."
+    )
+
+
+def classify(dataset: Any) -> tuple[str, Any]:
+    """The kind of a dataset value, and its items: texts, chats (lists of messages) or token rows.
+
+    Raises:
+        CalibrationError: It is of no kind that is understood.
+    """
+    if isinstance(dataset, str) and dataset == "builtin":
+        return "builtin", builtin_text().split("\n\f\n")
+    if isinstance(dataset, str) and dataset in NAMED_DATASETS:
+        return dataset, None
+    if isinstance(dataset, str | os.PathLike):
+        if os.path.isfile(dataset):
+            with open(dataset, encoding="utf-8", errors="replace") as file:
+                return "text file", [file.read()]
+        raise CalibrationError(f"dataset={os.fspath(dataset)!r} is no known name and no file; it must be {_KINDS}.")
+    if hasattr(dataset, "column_names"):
+        return classify_columns(dataset)
+    if isinstance(dataset, Tensor):
+        return "token rows", list(dataset if dataset.dim() == 2 else dataset.unsqueeze(0))
+    if isinstance(dataset, Iterable):
+        return _classify_items(list(dataset))
+    raise CalibrationError(f"dataset of type {type(dataset).__name__} is not understood; it must be {_KINDS}.")
+
+
+def classify_columns(dataset: Any, column: str | None = None, called: str | None = None) -> tuple[str, Any]:
+    """The kind of a dataset's column, and its values; of a stream, as an iterator.
+
+    Args:
+        dataset: A ``datasets.Dataset`` or ``IterableDataset``.
+        column: Its name. Default: the one with a name that says what it is.
+        called: The dataset's name, if it came by one.
+
+    Raises:
+        CalibrationError: There is no such column, or its values are not understood.
+    """
+    columns = dataset.column_names
+    subject = "The dataset" + (f" {called}" if called else "")
+    if isinstance(columns, Mapping):
+        raise CalibrationError(f"{subject} has the splits {list(columns)}; pass one of them, like dataset['train'].")
+    if columns is None:  # a stream that does not know before it is read
+        columns = list(next(iter(dataset), {}))
+    if column is None:
+        column = next((name for name in _COLUMNS if name in columns), None)
+        if column is None:
+            raise CalibrationError(
+                f"{subject} has the columns {columns}; one must be called input_ids (token ids), messages (chats) or "
+                f"text{', or another be given as column' if called else ''}."
+            )
+        kind = _COLUMNS[column]
+    elif column in columns:
+        first = next((row[column] for row in dataset), "")
+        ids = isinstance(first, list) and all(isinstance(entry, int) for entry in first)
+        kind = "token rows" if ids else _classify_items([first])[0]
+    else:
+        raise CalibrationError(f"{subject} has no column {column!r}; it has {', '.join(columns)}.")
+    values: Iterator[Any] = (row[column] for row in dataset)
+    if kind == "token rows":
+        values = (torch.as_tensor(ids, dtype=torch.int64) for ids in values)
+    elif kind == "chats":
+        values = map(_messages, values)
+    return kind, list(values) if isinstance(dataset, Sized) else values
+
+
+def _classify_items(items: list[Any]) -> tuple[str, Any]:
+    if not items:
+        raise CalibrationError("No calibration rows are left: the dataset is an empty list.")
+    if all(isinstance(item, str) for item in items):
+        return "texts", items
+    if all(isinstance(item, Tensor) for item in items):
+        return "token rows", items
+    chats = [_messages(item) for item in items]
+    if all(isinstance(chat, list | tuple) and chat and all(isinstance(m, Mapping) for m in chat) for chat in chats):
+        return "chats", chats
+    kinds = ", ".join(sorted({type(item).__name__ for item in items}))
+    raise CalibrationError(f"A list of {kinds} is not understood as calibration data; it must be {_KINDS}.")
+
+
+def _messages(chat: Any) -> Any:
+    return chat["messages"] if isinstance(chat, Mapping) and "messages" in chat else chat

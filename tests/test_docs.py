@@ -42,6 +42,22 @@ def test_the_settings_table_gives_the_real_defaults():
 
 
 def test_relative_links_lead_somewhere():
-    for page in (ROOT / "README.md", ROOT / "benchmarks/results/README.md", ROOT / "triton_kernels/README.md"):
+    for page in (
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        ROOT / "benchmarks/results/README.md",
+        ROOT / "triton_kernels/README.md",
+    ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), target
+
+
+def test_every_guarantee_is_checked_by_tests_that_exist():
+    guarantees = (ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("## What is guaranteed")[2]
+    rows = re.findall(r"^\| (.+) \| (.+) \|$", guarantees.partition("\n## ")[0], re.MULTILINE)
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
+    tests = {name for source in sources for name in re.findall(r"^def (test_\w+)", source, re.MULTILINE)}
+    assert len(rows) > 10
+    for guarantee, named in rows:
+        names = re.findall(r"`(test_\w+)`", named)
+        assert names and set(names) <= tests, guarantee

@@ -38,6 +38,7 @@ ROOMS = [
     "pictures",
     "evaluate",
     "card",
+    "checksums",
     "companions",
     "solving",
     "forecast",

@@ -13,6 +13,8 @@ from .report import megabytes
 from .solvers import SOLVERS
 
 _CALIBRATION = {"calibration": str, "rows": int, "tokens": int, "sha256": str, "seed": int}
+# Texts are told if they look like this; a stranger's config may say anything.
+_FORMS = {"calibration": r"[\w -]{1,40}", "sha256": r"\w{16,64}"}
 _METHODS = {
     "lnq": "LNQ",
     "gptvq1d": "GPTVQ-1D",
@@ -83,7 +85,8 @@ def model_card(settings: Mapping[str, Any], name: str, tags: Iterable[str] = (),
 
 def _repository(name: object) -> str | None:
     """The name of a repository on the Hub, if it is one; a stranger's config may say anything."""
-    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else None
+    form = r"[\w.-]{1,96}(/[\w.-]{1,96})?"
+    return name if isinstance(name, str) and re.fullmatch(form, name, re.ASCII) else None
 
 
 def _facts(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def _facts(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
             facts["reconstructed"] = report.reconstruction.describe()
         if report.distillation is not None:
             facts["distilled"] = report.distillation.describe()
-    if all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items()):
+    typed = all(isinstance(provenance.get(key), kind) for key, kind in _CALIBRATION.items())
+    if typed and all(re.fullmatch(form, provenance[key], re.ASCII) for key, form in _FORMS.items()):
         facts["calibration"] = (
             f"{provenance['calibration']}: {provenance['rows']} rows, {provenance['tokens']:,} tokens "
             f"(sha256 `{provenance['sha256'][:16]}…`), seed {provenance['seed']}"

@@ -90,7 +90,7 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
     """Names, shapes and dtypes of all tensors in safetensors files, without reading the tensors.
 
     Raises:
-        CheckpointError: A file is truncated or is no safetensors file.
+        DamagedFileError: A file is truncated, or is no safetensors file.
     """
     found: dict[str, TensorSpec] = {}
     for path in map(Path, files):
@@ -110,7 +110,17 @@ def read_headers(files: Iterable[str | os.PathLike]) -> dict[str, TensorSpec]:
                     f"{path.name} is truncated: {name!r} ends past the end of the file. Download it again."
                 )
             found[name] = spec
+        _check_layout(path)
     return found
+
+
+def _check_layout(path: Path) -> None:
+    """Let safetensors itself look at the header: shapes, offsets, gaps. No tensor is read."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path.name} is no valid safetensors file: {error}. Download it again.") from error
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

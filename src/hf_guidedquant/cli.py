@@ -266,7 +266,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     evaluating.set_defaults(wrong=evaluating.error)
     inspecting = command(_inspect, "SmolLM2-3bit --verify")
     inspecting.add_argument("folder", help="folder of a quantized model")
-    inspecting.add_argument("--verify", action="store_true", help="read all tensors, and look for NaN and infinity")
+    inspecting.add_argument("--verify", action="store_true", help="read all files: checksums, NaN, infinity")
     chatting = command(_chat, "SmolLM2-3bit")
     chatting.add_argument("model", help="name or folder of a model, quantized or not")
     chatting.add_argument(

@@ -1,4 +1,4 @@
-"""What goes along when a quantized model is saved or pushed: its model card and the report of the run."""
+"""What goes along when a quantized model is saved or pushed: its model card, the report, checksums."""
 
 import os
 from pathlib import Path
@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, file_exists
 from torch import nn
 
 from .card import model_card
+from .checksums import write_checksums
 from .report import Report
 from .workers import Workers
 
@@ -37,6 +38,7 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if _is_quantized(self) and kwargs.get("is_main_process", True):
         folder = Path(save_directory)
+        write_checksums(folder)
         if not (folder / CARD_FILE).exists():
             _write_card(self, folder, folder.name)
         if self.quantization_report is not None:
@@ -55,9 +57,11 @@ def _upload_modified_files(self: Any, working_dir: str, repo_id: str, *args: Any
         made_up = Path(working_dir, CARD_FILE)
         tags = ModelCard.load(made_up).data.tags if made_up.exists() else None
         _write_card(self, Path(working_dir), repo_id, tags)
-    if _is_quantized(self) and self.quantization_report is not None:
+    if _is_quantized(self):
         # save_pretrained(..., push_to_hub=True) uploads before it returns to us.
-        self.quantization_report.save(Path(working_dir))
+        write_checksums(Path(working_dir))
+        if self.quantization_report is not None:
+            self.quantization_report.save(Path(working_dir))
     return type(self)._upload_modified_files(self, working_dir, repo_id, *args, **kwargs)
 
 

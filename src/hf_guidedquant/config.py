@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError, ConfigError, listed, printable
 from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         accepted = {*PERSISTED, "quant_method"} if is_checkpoint else known
         ignored = sorted(str(key) for key in config_dict if key not in accepted)
         if ignored:
-            logger.warning("Ignoring unknown or run-only keys of a guidedquant config: %s", ", ".join(ignored))
+            logger.warning(
+                "Ignoring unknown or run-only keys of a guidedquant config: %s", printable(listed(ignored, 20))
+            )
         config = cls(**{key: value for key, value in config_dict.items() if key in accepted})
         unused = config.update(**kwargs)
         config.__post_init__(None)

@@ -1,24 +1,37 @@
 """Named errors. Each message says what was found, what is allowed, and what to do."""
 
+import re
 from collections.abc import Iterable
+
+# What a message shows of a value or a name; a stranger's may be of any length.
+_SHOWN = 200
+
+
+def printable(text: object) -> str:
+    """A stranger's text on one line of a log or a terminal: line breaks are blanks, what does not print is escaped."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def listed(names: Iterable[str], shown: int = 5, separator: str = ", ") -> str:
     """The first names of a list, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return separator.join(names[:shown]) + more
+    return separator.join(name[:_SHOWN] for name in names[:shown]) + more
 
 
 class GuidedQuantError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose. Its message is one line without control characters."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(GuidedQuantError, ValueError):
     """A field of :class:`GuidedQuantConfig` has a value outside its range."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        super().__init__(f"GuidedQuantConfig.{field} = {value!r} is not allowed; it must be {allowed}.")
+        super().__init__(f"GuidedQuantConfig.{field} = {value!r:.{_SHOWN}} is not allowed; it must be {allowed}.")
         self.field, self.value, self.allowed = field, value, allowed
 
 
@@ -109,7 +122,7 @@ class AnyPrecisionConfigError(CheckpointError):
     """The config of a published any-precision checkpoint lacks a key, or has a value outside its range."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
-        found = "is missing" if value is None else f"is {value!r:.200}"
+        found = "is missing" if value is None else f"is {value!r:.{_SHOWN}}"
         super().__init__(
             f"config.json: {key} {found}; it must be {allowed}. Only checkpoints in the any-precision format can be "
             "converted: check the name, or download it again."

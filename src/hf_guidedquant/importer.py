@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
 from .card import model_card
 from .checkpoint import check_output_folder, preflight, staged
+from .checksums import write_checksums
 from .companions import CARD_FILE
 from .config import CONVERTED, GuidedQuantConfig
 from .errors import (
@@ -24,6 +25,7 @@ from .errors import (
     CheckpointError,
     NonFiniteTensorError,
     UnavailableBitsError,
+    UnsafeFileError,
     listed,
 )
 from .fingerprint import versions
@@ -55,8 +57,8 @@ _COMPANIONS = (
     "NOTICE*",
     "USE_POLICY*",
 )
-# Of config.json, not taken over: the format, code that is not copied, and where the file once was.
-_DROPPED = ("anyprec", "auto_map", "_name_or_path")
+# Of config.json, not taken over: the format, code that is not copied or is on the Hub, and where the file once was.
+_DROPPED = ("anyprec", "auto_map", "attn_implementation", "_attn_implementation", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def convert(
     with staged(target) as temporary:
         _copy_companions(folder, temporary)
         write_weights(temporary, reading.specs(), reading.tensor, max_shard_size)
-        settings = {key: value for key, value in saved_config.items() if key not in _DROPPED}
+        write_checksums(temporary)
+        settings = _carried(saved_config)
         settings["quantization_config"] = config.to_dict()
         (temporary / _CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (temporary / CARD_FILE).write_text(str(model_card(config.to_dict(), target.name)), encoding="utf-8")
@@ -287,9 +290,24 @@ def _check(
     return [name for name in found if name in others]
 
 
+def _carried(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are taken over, of configs inside the config too."""
+    return {k: _carried(v) if isinstance(v, dict) else v for k, v in config.items() if k not in _DROPPED}
+
+
 def _copy_companions(folder: Path, target: Path) -> None:
+    """Copy the files beside the weights.
+
+    Raises:
+        UnsafeFileError: One is a link to a file elsewhere, which would be published with the result.
+    """
+    # A folder of the Hub's cache holds links to the cache's own files.
+    root = folder.resolve()
+    allowed = (root, root.parent.parent / "blobs")
     for pattern in _COMPANIONS:
         for file in filter(Path.is_file, folder.glob(pattern)):
+            if not any(file.resolve().is_relative_to(place) for place in allowed):
+                raise UnsafeFileError(f"{file} is a link to {file.resolve()}, outside the model's folder. Remove it.")
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)

@@ -12,12 +12,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoint import check_tensors, read_headers, weight_files
+from .checksums import check_checksums
 from .config import QUANT_METHOD, GuidedQuantConfig, check_method
 from .errors import CheckpointError, UnknownArchitectureError
 from .nn import quantized_modules
 from .quantizer import GuidedQuantizer
 from .report import align, megabytes
 
+# More decoder blocks than any model has: building them would take hours.
+_MOST_BLOCKS = 1000
 # What reading a config, and building a model by it, ends with if it holds nonsense.
 _CONFIG_ERRORS = (
     OSError,
@@ -99,7 +102,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
 
     Args:
         folder: Where the model was saved.
-        verify: Also read every tensor, one at a time, and look for NaN and infinity.
+        verify: Also compare the files with their checksums, and look for NaN and infinity in every tensor.
 
     Raises:
         CheckpointError: This is no model of ours, or not what its config promises. The message says what is wrong.
@@ -117,6 +120,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     # The same steps as before the weights of a model are loaded, its checks included.
     GuidedQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model, checkpoint_files=files)
     if verify:
+        check_checksums(path, files)
         check_tensors(files)
     layers = tuple(
         SavedLayer(
@@ -155,6 +159,11 @@ def empty_model(folder: Path) -> Any:
         architecture = getattr(transformers, name, None)
         if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):
             raise UnknownArchitectureError(f"Transformers has no model class {name!r}, which {file} asks for.")
+        blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if blocks > _MOST_BLOCKS:
+            raise CheckpointError(f"{file}: num_hidden_layers is {blocks}; up to {_MOST_BLOCKS:,} are allowed.")
+        # Only names and shapes are wanted. Another attention could be code that is fetched from the Hub.
+        config._attn_implementation = "eager"
         with torch.device("meta"):
             return architecture(config)
     except _CONFIG_ERRORS as error:

@@ -20,12 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import FolderMismatchError, FolderUnusableError
+from .errors import FolderMismatchError, FolderUnusableError, printable
 from .fingerprint import json_sha256, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
 _LOCK, _LAYERS = "lock", "layers"
+# Characters of a value, or of its name, that a message shows.
+_SHOWN = 200
 
 
 class LayerFolder:
@@ -49,6 +51,10 @@ class LayerFolder:
         Raises:
             FolderUnusableError: Another process holds it, or it cannot be written to.
         """
+        links = [name for name in (_LOCK, _LAYERS) if (self.path / name).is_symlink()]
+        if links:
+            # What is written, or cleared away, would be somebody else's.
+            raise FolderUnusableError(self._named(), f"{links[0]} in it is a link", "Remove it.")
         lock = FileLock(self.path / _LOCK, timeout=0)
         try:
             (self.path / _LAYERS).mkdir(parents=True, exist_ok=True)
@@ -76,13 +82,13 @@ class LayerFolder:
 
     def record(self) -> dict[str, Any] | None:
         """The folder's record; None if there is none yet, or if it is damaged."""
+        if not self._record_file.is_file():
+            return None
         try:
             kept = json.loads(self._record_file.read_bytes())
             sha256 = kept.pop("sha256")
             kept["identity"]
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             kept = sha256 = None
         if sha256 is None or sha256 != json_sha256(kept):
             logger.warning("%s is damaged and counts as absent.", self._record_file)
@@ -127,7 +133,7 @@ class LayerFolder:
     def load(self, layer: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A layer's tensors (on the CPU) and facts; None if they are not there, damaged, or of another record."""
         path = self.file(layer)
-        if not path.exists():
+        if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
@@ -141,7 +147,7 @@ class LayerFolder:
                 raise ValueError("it was written under other conditions")
             return tensors, about["facts"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            logger.warning("%s cannot be used (%s); its layer is done again.", path, error)
+            logger.warning("%s cannot be used (%s); its layer is done again.", path, printable(error))
             return None
 
     @contextmanager
@@ -189,11 +195,12 @@ def _sync_folder(folder: Path) -> None:
 def differences(kept: Any, now: Any, name: str = "the record") -> list[str]:
     """What differs between two JSON values, as ``seed was 0, is 1``."""
     if isinstance(kept, dict) and isinstance(now, dict):
-        return [line for key in {**kept, **now} for line in differences(kept.get(key), now.get(key), key)]
+        keys = {**kept, **now}
+        return [line for key in keys for line in differences(kept.get(key), now.get(key), printable(key)[:_SHOWN])]
     return [] if kept == now else [f"{name} was {_short(kept)}, is {_short(now)}"]
 
 
 def _short(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return value[:12] + "…"
-    return "absent" if value is None else str(value)
+    return "absent" if value is None else printable(value)[:_SHOWN]

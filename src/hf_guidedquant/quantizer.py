@@ -215,12 +215,12 @@ def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[i
 
 def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:
     if not isinstance(settings, dict):
-        raise CheckpointError(f"config.json: modules[{name!r}] is {settings!r}; it must be like {{'bits': 3}}.")
+        raise CheckpointError(f"config.json: modules[{name!r}] is {settings!r:.200}; it must be like {{'bits': 3}}.")
     check_bits(f"modules[{name!r}]['bits']", settings.get("bits"))
     lut_dtype = settings.get("lut_dtype", "float16")
     if not isinstance(lut_dtype, str) or lut_dtype not in _LUT_DTYPES:
         raise CheckpointError(
-            f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r}; it must be float16 or float32."
+            f"config.json: modules[{name!r}]['lut_dtype'] is {lut_dtype!r:.200}; it must be float16 or float32."
         )
     return settings["bits"], _LUT_DTYPES[lut_dtype]
 

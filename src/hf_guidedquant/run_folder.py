@@ -9,15 +9,19 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
 from .config import PERSISTED, GuidedQuantConfig
 from .fingerprint import environment, tokenizer_fingerprint
+from .formats import lut as lut_format
+from .formats.lut import TensorSpec
 from .layer_folder import LayerFolder
 from .plan import LayerPlan, Plan
 from .report import LayerReport
@@ -34,6 +38,17 @@ _ABOUT = (
 _NOT_OF_LAYERS = ("modules", "provenance", "reconstruct", "distill")
 _OF_DATA = ("num_samples", "seq_len", "seed", "assistant_only_loss")
 _SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), *_OF_DATA)
+
+# Types of what is kept of a layer's report.
+_FACTS: dict[str, Any] = {
+    "objectives": dict,
+    "scale": int | float,
+    "damping": int | float,
+    "dead_inputs": int,
+    "fallback": str | None,
+    "bad_rows": int,
+    "lut_dtype": str,
+}
 
 # A layer's packed tensors, and its entry of the report.
 Finished = tuple[dict[str, Tensor], LayerReport]
@@ -61,8 +76,10 @@ class RunFolder:
         if record is None:
             return None
         self._folder.check_identity(record["identity"], identity)
-        layers = {layer.name: layer for layer in plan.layers}
-        return [[layers[name] for name in batch] for batch in record["batches"]]
+        found = _batches(record.get("batches"), plan)
+        if found is None:
+            logger.warning("The batches in %s are not those of this run; it starts anew.", self._folder.path)
+        return found
 
     def begin(self, identity: Mapping[str, Any], batches: Iterable[Sequence[LayerPlan]]) -> None:
         """Start a run."""
@@ -74,9 +91,12 @@ class RunFolder:
         found = {}
         for layer in plan.layers:
             kept = self._folder.load(layer.name)
-            if kept is not None:
-                tensors, facts = kept
-                found[layer.name] = tensors, LayerReport(plan=layer, **facts)
+            if kept is None:
+                continue
+            if _is_of(layer, *kept):
+                found[layer.name] = kept[0], LayerReport(plan=layer, **kept[1])
+            else:
+                logger.warning("%s does not hold this layer; it is done again.", self._folder.file(layer.name))
         if found:
             logger.info("%d of %d layers are finished in %s.", len(found), len(plan.layers), self._folder.path)
         return found
@@ -90,6 +110,33 @@ class RunFolder:
         facts = asdict(report)
         del facts["plan"]
         self._folder.save(report.plan.name, tensors, facts)
+
+
+def _batches(names: Any, plan: Plan) -> list[list[LayerPlan]] | None:
+    """The batches with these names; None unless they are all layers of the plan, once each, equal ones together."""
+    layers = {layer.name: layer for layer in plan.layers}
+    try:
+        found = [[layers[name] for name in batch] for batch in names]
+    except (KeyError, TypeError):
+        return None
+    complete = sorted(layer.name for layer in chain(*found)) == sorted(layers)
+    alike = all(len({replace(layer, name="") for layer in batch}) == 1 for batch in found)
+    return found if complete and alike else None
+
+
+def _is_of(layer: LayerPlan, tensors: Mapping[str, Tensor], facts: Any) -> bool:
+    """Whether this is what a solved layer leaves; a folder that somebody else filled may hold anything."""
+    if not isinstance(facts, dict) or facts.keys() != _FACTS.keys():
+        return False
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    dtype = {"float16": torch.float16, "float32": torch.float32}.get(str(facts["lut_dtype"]))
+    return (
+        dtype is not None
+        and specs == lut_format.declare(layer.out_features, layer.in_features, layer.bits, dtype)
+        and bool(torch.isfinite(tensors["lut"]).all())
+        and all(isinstance(facts[name], kind) for name, kind in _FACTS.items())
+        and all(isinstance(value, int | float) for value in facts["objectives"].values())
+    )
 
 
 @contextmanager

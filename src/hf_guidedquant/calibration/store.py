@@ -86,7 +86,12 @@ class StatisticsStore:
         """What the layer's method needs, on ``device``; None if it is not there, and then the folder is locked."""
         tensors, _ = self._folder.load(layer.name) or ({}, None)
         statistics, bad_rows = tensors.get(layer.statistics), tensors.get("bad_rows")
-        if statistics is None or bad_rows is None or statistics.shape != layer.statistics_shape:
+        if (
+            statistics is None
+            or bad_rows is None
+            or (statistics.shape, statistics.dtype) != (layer.statistics_shape, torch.float32)
+            or (bad_rows.shape, bad_rows.dtype) != ((), torch.int64)
+        ):
             self._lock()
             return None
         return LayerStatistics(statistics.to(device), bad_rows.to(device))

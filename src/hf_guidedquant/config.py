@@ -83,10 +83,7 @@ class DistillSpec:
     held_back: float = 1 / 16
 
     def __post_init__(self) -> None:
-        _check_int("distill['epochs']", self.epochs, 1, 100)
-        _check_positive("distill['learning_rate']", self.learning_rate, 1)
-        _check_int("distill['batch_tokens']", self.batch_tokens, 1, 2**24)
-        _check_positive("distill['held_back']", self.held_back, 0.5)
+        _check_training("distill", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +110,8 @@ class ReconstructSpec:
     held_back: float = 1 / 16
 
     def __post_init__(self) -> None:
-        _check_int("reconstruct['epochs']", self.epochs, 1, 100)
-        _check_positive("reconstruct['learning_rate']", self.learning_rate, 1)
+        _check_training("reconstruct", self)
         _check_positive("reconstruct['latent_learning_rate']", self.latent_learning_rate, 1)
-        _check_int("reconstruct['batch_tokens']", self.batch_tokens, 1, 2**24)
-        _check_positive("reconstruct['held_back']", self.held_back, 0.5)
 
 
 def _with_presets(cls: Any) -> Any:
@@ -378,6 +372,14 @@ def _check_device(name: str, value: Any) -> None:
 def _check_positive(field_name: str, value: object, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
         raise ConfigError(field_name, value, f"a positive number up to {high}")
+
+
+def _check_training(field_name: str, spec: DistillSpec | ReconstructSpec) -> None:
+    """What both kinds of training have in common."""
+    _check_int(f"{field_name}['epochs']", spec.epochs, 1, 100)
+    _check_positive(f"{field_name}['learning_rate']", spec.learning_rate, 1)
+    _check_int(f"{field_name}['batch_tokens']", spec.batch_tokens, 1, 2**24)
+    _check_positive(f"{field_name}['held_back']", spec.held_back, 0.5)
 
 
 def _settings(field_name: str, value: object, spec: type) -> bool | dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..triton_kernels import pack_codes, unpack_codes
 from .guided_linear import GuidedLinear
-from .trained_linear import stored
+from .trained_linear import multiplied, stored, sums_by_code
 
 # How near to the end of its codeword's reach a weight may start, in shares of the way there.
 _REACH = 0.5
@@ -44,8 +44,7 @@ class LatentLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = multiplied(x)
         weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype)
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
@@ -92,5 +91,4 @@ class _Nearest(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         (codes,) = ctx.saved_tensors
         grad = grad.float()
-        sums = [torch.where(codes == level, grad, 0.0).sum(dim=1) for level in range(ctx.levels)]
-        return grad, torch.stack(sums, dim=1), None, None
+        return grad, sums_by_code(grad, codes, ctx.levels), None, None

@@ -37,8 +37,7 @@ class TrainedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = multiplied(x)
         y = _Product.apply(x, self.codebook, self.stored_codebook(), self.planes)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -51,6 +50,16 @@ class TrainedLinear(nn.Module):
             ranks = order.argsort(dim=-1).to(torch.uint8)
             planes = pack_codes(ranks.gather(1, codes.long()), planes.shape[0])
         return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.in_features, self.bias)
+
+
+def multiplied(x: Tensor) -> Tensor:
+    """Activations in the dtype that they are multiplied in: that of mixed precision, else their own."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def sums_by_code(values: Tensor, codes: Tensor, levels: int) -> Tensor:
+    """Sums of each row's values with the same code: ``[N, K]`` both -> ``[N, levels]``."""
+    return torch.stack([torch.where(codes == level, values, 0.0).sum(dim=1) for level in range(levels)], dim=1)
 
 
 def stored(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,8 +113,7 @@ def codebook_gradient(grad: Tensor, x: Tensor, planes: Tensor) -> Tensor:
         transposed = grad[:, rows].mT
         weight_gradient = torch.mm(transposed, x, out_dtype=torch.float32) if mixed else transposed @ x
         codes = unpack_codes(planes[:, rows], inputs)
-        for level in range(levels):
-            result[rows, level] = torch.where(codes == level, weight_gradient, 0.0).sum(dim=1)
+        result[rows] = sums_by_code(weight_gradient, codes, levels)
     return result
 
 

@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant import GuidedQuantConfig, replay
 from hf_guidedquant.decoding import GraphedDecode, attention, capture
 from hf_guidedquant.errors import DecodingError
 from hf_guidedquant.triton_kernels import decode_attention
@@ -97,7 +97,7 @@ class Recorder(BaseStreamer):
 
 
 class FakeReplay:
-    """Stands in for :class:`capture.Replay` without a GPU."""
+    """Stands in for :class:`replay.Replay` without a GPU."""
 
     def __init__(self):
         self.runs = self.resets = 0
@@ -549,8 +549,8 @@ def test_waits_of_the_host_are_told_from_other_warnings(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
-    assert capture._run_watched(lambda: warnings.warn("something else", stacklevel=1)) == ""
-    wait = capture._run_watched(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
+    assert replay._run_watched(lambda: warnings.warn("something else", stacklevel=1)) == ""
+    wait = replay._run_watched(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
     assert "test_decoding.py" in wait
 
 
@@ -566,13 +566,13 @@ class TestOnCuda:
     def captures(self, monkeypatch):
         """The graphs captured so far."""
         graphs = []
-        capture_step = capture.Replay._capture
+        capture_once = replay.Replay._capture
 
         def counted(self, function):
-            graphs.append(capture_step(self, function))
+            graphs.append(capture_once(self, function))
             return graphs[-1]
 
-        monkeypatch.setattr(capture.Replay, "_capture", counted)
+        monkeypatch.setattr(replay.Replay, "_capture", counted)
         return graphs
 
     @staticmethod

@@ -18,7 +18,8 @@ from hf_guidedquant import GuidedQuantConfig, pipeline, solving
 from hf_guidedquant.config import DistillSpec
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
 from hf_guidedquant.nn import TrainedLinear, quantized_modules
-from hf_guidedquant.training import Divergence, distill, distillation, teacher_states
+from hf_guidedquant.training import Divergence, distill, teacher_states
+from hf_guidedquant.training.steps import Steps
 
 MODELS = {**{name: lambda name=name: tiny_model(name) for name in ARCHITECTURES}, "capped": capped_gemma3}
 PROMPT = torch.arange(2, 20)[None]
@@ -123,49 +124,40 @@ def test_training_that_does_harm_is_not_kept():
 
 def test_rows_held_back_are_not_trained_on(monkeypatch):
     trained, measured = set(), set()
-    backward, mean = Divergence.backward, Divergence.mean
-    monkeypatch.setattr(Divergence, "backward", lambda self, which: trained.update(which) or backward(self, which))
-    monkeypatch.setattr(Divergence, "mean", lambda self, which: measured.update(which) or mean(self, which))
-    hf_guidedquant.quantize(tiny_model(), config(distill={"held_back": 0.4, "batch_tokens": 64}))
+    add, mean = Steps.add, Divergence.mean
+    text = lambda rows: {tuple(row.tolist()) for row in rows}  # noqa: E731
+    monkeypatch.setattr(Steps, "add", lambda self, rows, states: trained.update(text(rows)) or add(self, rows, states))
+    monkeypatch.setattr(
+        Divergence, "mean", lambda self, which: measured.update(text(self.of(which)[0])) or mean(self, which)
+    )
+    rows = token_rows(8)
+    hf_guidedquant.quantize(tiny_model(), config(dataset=rows, distill={"held_back": 0.4, "batch_tokens": 64}))
     assert len(measured) == 3
-    assert trained | measured == set(range(8))
+    assert trained | measured == text(rows)
     assert not trained & measured
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(value):
-    parameters = [torch.nn.Parameter(torch.ones(2, 4)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [p], "largest": 0.1} for p in parameters], weight_decay=0.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones(2, 4)
-    parameters[1].grad[0, 0] = value
-    distillation._step(optimizer, 1, 1.0)
-    assert all(torch.equal(parameter, torch.ones(2, 4)) for parameter in parameters)
-    parameters[0].grad = torch.ones(2, 4)
-    distillation._step(optimizer, 1, 1.0)
-    assert not torch.equal(parameters[0], torch.ones(2, 4))
-
-
 def test_an_interrupted_training_leaves_the_model_as_it_was(monkeypatch):
+    spec = DistillSpec(batch_tokens=64)
     original = teacher_states(tiny_model(), ROWS)
     model = hf_guidedquant.quantize(tiny_model(), config(distill=False)).train()
     before, layers = states(model), quantized_modules(model)
     calls = iter(range(10))
-    backward = Divergence.backward
+    add = Steps.add
 
-    def failing(self, which):
+    def failing(self, *inputs):
         if next(calls) == 2:
             raise MemoryError
-        return backward(self, which)
+        add(self, *inputs)
 
-    monkeypatch.setattr(Divergence, "backward", failing)
+    monkeypatch.setattr(Steps, "add", failing)
     with pytest.raises(MemoryError):
-        distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+        distill(model, ROWS, original, spec)
     assert same(before, model.state_dict())
     assert all(module is layers[name] for name, module in quantized_modules(model).items())
     monkeypatch.undo()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    distill(model, ROWS, original, DistillSpec(batch_tokens=64))
+    distill(model, ROWS, original, spec)
     assert not same(before, model.state_dict())
     assert all(module.training for module in model.modules())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
@@ -205,14 +197,14 @@ def test_a_run_that_is_killed_while_it_distills_ends_with_the_same_bytes(step, u
     run_dir = tmp_path / "run"
 
     def run():
-        calls, optimize = iter(range(1, 100)), distillation._step
+        calls, take = iter(range(1, 100)), Steps.step
 
         def kill(*args):
             if next(calls) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
-            optimize(*args)
+            take(*args)
 
-        distillation._step = kill
+        Steps.step = kill
         hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
 
     in_a_killed_process(run)

@@ -114,8 +114,8 @@ def plan(
         itemsize = 2 if device.type == "cuda" else subject.dtype.itemsize
         for where, need in footprint.reconstruction(stack, itemsize).items():
             memory[where] = max(memory[where], footprint.resident[where] + need)
-        # The original's and the quantized blocks', and those that leave the block.
-        waiting = max(waiting, 3)
+        # The original's and the quantized blocks'. What leaves a block takes the place of what entered it, on a GPU.
+        waiting = max(waiting, 2 if device.type == "cuda" else 3)
     # Outside wait weights, hidden states between segments, and what is finished.
     memory[torch.device("cpu")] += (
         sum(tensor.nbytes for tensor in tensors_of(subject) if home(tensor.device) != place(tensor.device))

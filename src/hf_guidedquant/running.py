@@ -5,10 +5,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether accelerate moves activations or weights between devices."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 @contextmanager
@@ -47,8 +54,27 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 def mixed_precision(device: torch.device) -> AbstractContextManager:
     """Products in bf16 on GPUs that have it, whatever the model's dtype: training needs no more, and fp16 overflows."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
+        # Without a cache of weights in bf16: it would not outlive a captured graph's memory.
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def rows_of_their_own() -> Iterator[None]:
+    """Take for granted that a row is one text, which Transformers else looks up, and waits for the device.
+
+    It asks whether position ids start anew inside of a row; of a model that is given token ids only they never do.
+    """
+    name = "find_packed_sequence_indices"
+    own = getattr(masking_utils, name, None)
+    if own is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, own)
 
 
 @contextmanager
@@ -66,11 +92,15 @@ def repeatable_backward(device: torch.device, trial: Callable[[], object]) -> It
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Strict mode fills all new memory, which nothing here reads.
+    strict: Any = torch.utils.deterministic
+    fills = strict.fill_uninitialized_memory
     # cuBLAS reads this at every product; strict mode refuses to run without it.
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         torch.use_deterministic_algorithms(True)
+        strict.fill_uninitialized_memory = False
         try:
             trial()
         except RuntimeError as error:
@@ -81,5 +111,6 @@ def repeatable_backward(device: torch.device, trial: Callable[[], object]) -> It
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        strict.fill_uninitialized_memory = fills
         if workspace is None:
             del os.environ["CUBLAS_WORKSPACE_CONFIG"]

@@ -140,7 +140,9 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     the largest tensors of the pass.
     """
     pieces = zip(logits.split(_LOSS_TOKENS), targets.split(_LOSS_TOKENS), strict=True)
-    return torch.stack([checkpoint(_summed, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return torch.stack(
+        [checkpoint(_summed, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    ).sum()
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:

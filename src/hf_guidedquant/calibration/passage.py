@@ -1,6 +1,6 @@
 """A part of a model: some of its decoder blocks, from the hidden states that enter them to those that leave."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -68,11 +68,11 @@ class Passage:
                 stack.callback(self._blocks[-1].register_forward_hook(_leave_behind).remove)
             yield
 
-    def run(self, rows: Sequence[Tensor], states: Tensor | None = None) -> Any:
+    def run(self, rows: Tensor, states: Tensor | None = None) -> Any:
         """Rows forward, inside :meth:`only`.
 
         Args:
-            rows: Token ids, int64 ``[T]`` each, all of one length.
+            rows: Token ids, int64 ``[rows, T]``.
             states: Hidden states ``[rows, T, hidden]`` that enter the first of the blocks, on its device; not needed
                 for the model's first one.
 
@@ -81,7 +81,7 @@ class Passage:
         """
         self._entering = states
         try:
-            return self._model(input_ids=torch.stack(list(rows)).to(self.input_device), use_cache=False)
+            return self._model(input_ids=rows.to(self.input_device), use_cache=False)
         except _Border as border:
             return border.states
 
@@ -113,13 +113,15 @@ class Shelf:
     def __init__(self) -> None:
         self._sending: set[torch.device] = set()
 
-    def put(self, tensor: Tensor) -> Tensor:
-        """A copy, without gradient."""
+    def put(self, tensor: Tensor, place: Tensor | None = None) -> Tensor:
+        """A copy, without gradient; in ``place`` if that will do, which is what an earlier call gave."""
         if tensor.device.type != "cuda":
             return tensor.detach().cpu()
         self._sending.add(tensor.device)
-        aside = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return aside.copy_(tensor.detach(), non_blocking=True)
+        if place is None or (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+            # Pinned memory takes milliseconds to get.
+            place = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return place.copy_(tensor.detach(), non_blocking=True)
 
     def settle(self) -> None:
         """Wait until all have arrived."""

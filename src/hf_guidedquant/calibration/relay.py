@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..running import repeatable_backward
+from ..running import repeatable_backward, rows_of_their_own
 from ..workers import Workers
 from .collector import (
     LayerStatistics,
@@ -114,7 +114,7 @@ class Relay:
         """A segment without gradients; what leaves it is kept for the next."""
         start, stop = self._borders[number]
         left = []
-        with torch.no_grad(), self._passage.only(start, stop):
+        with torch.no_grad(), self._passage.only(start, stop), rows_of_their_own():
             row = Row(torch.ones((), dtype=torch.bool, device=self._passage.input_device))
             with watched(self._modules(statistics), statistics, row):
                 for index in self._progress(title):
@@ -133,6 +133,7 @@ class Relay:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(gradients_of_activations_only(self._model))
             stack.enter_context(self._passage.only(start, stop))
+            stack.enter_context(rows_of_their_own())
             row = Row(torch.ones((), dtype=torch.bool, device=self._passage.input_device))
             if self._rows:
                 stack.enter_context(
@@ -165,7 +166,7 @@ class Relay:
         if start > 0:
             states = self._states[start][index].to(self._passage.device, non_blocking=True)
             self._entering = states.detach().requires_grad_(torch.is_grad_enabled())
-        return self._passage.run([self._rows[index]], self._entering)
+        return self._passage.run(self._rows[index][None], self._entering)
 
     def _modules(self, statistics: Mapping[str, LayerStatistics]) -> dict[str, nn.Module]:
         return {name: self._model.get_submodule(name) for name in statistics}

@@ -1,7 +1,6 @@
-"""Run a step eagerly, compiled, or as a replayed CUDA graph, and notice when a graph is out of date."""
+"""Compile a step, and notice when a captured graph of it is out of date."""
 
 import logging
-import warnings
 from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any
@@ -14,8 +13,6 @@ from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
-# Eager runs before capture: one compiles and loads kernels, the next is watched for waits of the host.
-_WARM_UP = 2
 _PLAIN = (bool, int, float, str)
 
 
@@ -39,77 +36,6 @@ class Compiled:
                 logger.warning("The decode step runs uncompiled: %s", str(error).partition("\n")[0])
                 self._compiled = None
         return self._function(*args)
-
-
-class Replay:
-    """Runs a function again and again: eagerly at first, then as one CUDA graph.
-
-    The function takes and returns nothing but buffers that stay where they are. If it makes the host wait for the
-    device it cannot be captured, and stays eager.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self.reset()
-
-    def reset(self) -> None:
-        """Drop the graph."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._runs = 0
-        self._capturable = True
-
-    def __call__(self, function: Callable[[], None]) -> None:
-        if not self._capturable:
-            function()
-        elif self._graph is None and self._runs < _WARM_UP:
-            self._warm_up(function)
-        else:
-            if self._graph is None:
-                self._graph = self._capture(function)
-            self._graph.replay()
-
-    def _warm_up(self, function: Callable[[], None]) -> None:
-        self._runs += 1
-        here = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(here)
-        waits = ""
-        with torch.cuda.stream(self._stream):
-            if self._runs < _WARM_UP:
-                function()
-            else:
-                waits = _run_watched(function)
-        here.wait_stream(self._stream)
-        if waits:
-            logger.warning("The decode step runs without a CUDA graph, because it makes the host wait: %s", waits)
-            self._capturable = False
-
-    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        # The outer context restores the caller's stream even if capture fails. Other threads may use the device.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            function()
-        return graph
-
-
-def _run_watched(function: Callable[[], None]) -> str:
-    """Run, and return where the host waited for the device, or nothing.
-
-    A capture that fails would leave CUDA's random generator unusable, so this asks beforehand.
-    """
-    mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            function()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-    # Not the notice that the mode itself is a prototype.
-    waits = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
-    return ", ".join(dict.fromkeys(waits))
 
 
 def model_facts(model: nn.Module) -> Hashable:
@@ -139,4 +65,4 @@ def facts(value: Any, tensor: Callable[[Tensor], Hashable] = Tensor.data_ptr) ->
     return tensor(value)
 
 
-__all__ = ["Compiled", "Replay", "facts", "model_facts"]
+__all__ = ["Compiled", "facts", "model_facts"]

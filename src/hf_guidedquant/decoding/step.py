@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor
 
+from ..replay import Replay
 from .attention import attention_for_decoding
 from .cache import share_column
-from .capture import Compiled, Replay, facts, model_facts
+from .capture import Compiled, facts, model_facts
 from .processors import ScoresOnly, captured, token_mask
 
 _ARGMAX_WIDTH = 128
@@ -64,7 +65,7 @@ class DecodeStep:
         self._unfinished = torch.ones(batch_size, dtype=torch.bool, device=device)
         self._report = torch.zeros(batch_size + 1, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = Compiled(_scores) if settings.compile else _scores
-        self._replay = Replay(device) if settings.capture else None
+        self._replay = Replay(device, "The decode step") if settings.capture else None
         self._facts: Hashable = None
 
     def start(

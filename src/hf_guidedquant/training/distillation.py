@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +18,18 @@ from transformers.utils.logging import tqdm
 from ..calibration.collector import input_device
 from ..config import DistillSpec
 from ..nn import TrainedLinear, quantized_modules, replace_module
-from ..running import checkpointed, evaluating, mixed_precision, repeatable_backward
+from ..replay import worth_graphs
+from ..running import (
+    checkpointed,
+    evaluating,
+    mixed_precision,
+    repeatable_backward,
+    rows_of_their_own,
+)
 from ..workers import Workers
-from .batches import batches, rate, set_aside, shuffled
+from .batches import batches, rate, set_aside, shuffled, stacks
 from .divergence import Divergence
+from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -76,29 +83,30 @@ def distill(
     """
     workers = workers or Workers()
     generator = torch.Generator().manual_seed(seed)
+    device = input_device(model)
     divergence = Divergence(model, rows, states)
     training, held_back = set_aside(divergence.usable(), spec.held_back, generator)
     with ExitStack() as stack:
         codebooks = stack.enter_context(_trained_codebooks(model))
-        stack.enter_context(evaluating(model))
-        stack.enter_context(checkpointed(model))
-        stack.enter_context(mixed_precision(input_device(model)))
-        stack.enter_context(repeatable_backward(input_device(model), partial(divergence.backward, training[:1])))
-        optimizer = torch.optim.AdamW(_groups(codebooks, spec.learning_rate), betas=(0.9, 0.95), weight_decay=0.0)
-        optimizer.zero_grad()
+        for context in (evaluating(model), checkpointed(model), mixed_precision(device), rows_of_their_own()):
+            stack.enter_context(context)
+        steps = Steps(
+            divergence.summed, _groups(codebooks, spec.learning_rate), clip=1.0, graphs=worth_graphs(model, device)
+        )
+        stack.enter_context(repeatable_backward(device, lambda: steps.try_out(*divergence.of(training[:1]))))
         trained, found = [], [divergence.mean(held_back)]
         best, best_epoch = _copy(codebooks), 0
         done, total = 0, spec.epochs * divergence.tokens(training)
         with tqdm(total=total, desc="Distilling", unit="token", unit_scale=True) as bar:
             for epoch in range(1, spec.epochs + 1):
-                summed = 0.0
                 for batch in batches(rows, shuffled(training, generator), spec.batch_tokens):
                     tokens = divergence.tokens(batch)
-                    summed += divergence.backward(batch)
-                    _step(optimizer, tokens, rate((done + tokens / 2) / total))
+                    for together in stacks(rows, batch):
+                        steps.add(*divergence.of(together))
+                    steps.step(rate((done + tokens / 2) / total), tokens)
                     done += tokens
                     bar.update(tokens)
-                trained.append(summed / divergence.tokens(training))
+                trained.append(steps.total() / divergence.tokens(training))
                 found.append(divergence.mean(held_back))
                 logger.info("Distilled epoch %d: KL %.4f, held back %.4f", epoch, trained[-1], found[-1])
                 if found[-1] < found[best_epoch]:
@@ -136,20 +144,6 @@ def _groups(codebooks: Sequence[nn.Parameter], learning_rate: float) -> list[dic
     """A group per layer, with its largest step."""
     spacings = [float(codebook.detach().diff(dim=-1).abs().mean()) for codebook in codebooks]
     return [{"params": [c], "largest": learning_rate * d} for c, d in zip(codebooks, spacings, strict=True)]
-
-
-def _step(optimizer: torch.optim.Optimizer, tokens: int, rate: float) -> None:
-    """One step along the clipped mean of ``tokens`` summed gradients, or none if any is NaN or infinite."""
-    parameters = []
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["largest"]
-        parameters += [parameter for parameter in group["params"] if parameter.grad is not None]
-    for parameter in parameters:
-        parameter.grad /= tokens
-    norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-    if torch.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
 
 
 def _copy(codebooks: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -5,23 +5,22 @@ The output head is not quantized, so it makes the original's logits of them agai
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from ..calibration import Shelf
 from ..calibration.collector import MAX_BAD_ROWS, input_device
 from ..errors import CalibrationError, ModelError
 from ..running import evaluating
 from .batches import stacks
 
 # Tokens whose logits exist at a time.
-_LOGIT_TOKENS = 512
+_LOGIT_TOKENS = 2048
 # Tokens of a row whose logits are compared with the model's own.
 _COMPARED_TOKENS = 8
 
@@ -39,16 +38,19 @@ def teacher_states(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tenso
     """
     if len(rows) < 2:
         raise CalibrationError("Distillation needs two calibration rows at least: one to train on, one to hold back.")
-    states: list[Tensor] = []
-    checked = False
+    found: dict[int, Tensor] = {}
+    shelf, checked = Shelf(), False
     with torch.no_grad(), evaluating(model), tqdm(total=len(rows), desc="Original", unit="row") as bar:
-        for row in rows:
-            hidden, logits = _run(model, [row])
-            states.append(hidden.cpu())
-            if not checked and _finite(states[-1]):
-                _check_logits(model, hidden[:_COMPARED_TOKENS], logits)
-                checked = True
-            bar.update()
+        for stack in stacks(rows, range(len(rows))):
+            hidden, logits = _run(model, torch.stack([rows[index] for index in stack]))
+            for index, row, first in zip(stack, hidden.view(len(stack), -1, hidden.shape[-1]), logits, strict=True):
+                found[index] = shelf.put(row)
+                if not checked and _finite(row):
+                    _check_logits(model, row[:_COMPARED_TOKENS], first)
+                    checked = True
+            bar.update(len(stack))
+    shelf.settle()
+    states = [found[index] for index in range(len(rows))]
     bad = sum(not _finite(state) for state in states)
     if bad > MAX_BAD_ROWS * len(rows):
         raise CalibrationError(
@@ -80,42 +82,51 @@ class Divergence:
         """Of some rows together."""
         return sum(self.rows[index].numel() for index in which)
 
+    def of(self, which: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Some rows, and the original's states of them."""
+        return [self.rows[index] for index in which], [self.states[index] for index in which]
+
     @torch.no_grad()
     def mean(self, which: Sequence[int]) -> float:
         """Per token of some rows."""
-        return sum(float(self._summed([index])) for index in which) / self.tokens(which)
+        sums = [self.summed(self.rows[index][None], self.states[index][None]) for index in which]
+        return float(torch.stack(sums).sum(dtype=torch.float64)) / self.tokens(which)
 
-    def backward(self, which: Sequence[int]) -> float:
-        """Add the gradients of some rows' summed KL to the parameters', and return that sum.
+    def summed(self, rows: Tensor, states: Tensor) -> Tensor:
+        """Sum over rows of one length, in pieces whose logits exist one at a time, forward and backward.
 
         A sum, because shares of a mean over many tokens would vanish in fp16.
+
+        Args:
+            rows: Token ids ``[rows, T]``.
+            states: The original's of the same rows, ``[rows, T, hidden]``.
         """
-        total = 0.0
-        with torch.enable_grad():
-            for stack in stacks(self.rows, which):
-                summed = self._summed(stack)
-                summed.backward()
-                total += float(summed.detach())
-        return total
-
-    def _summed(self, stack: Sequence[int]) -> Tensor:
-        """Summed KL of rows of one length, in pieces whose logits exist one at a time, forward and backward."""
-        hidden, _ = _run(self.model, [self.rows[index] for index in stack])
-        original = torch.cat([self.states[index] for index in stack]).to(hidden.device)
+        hidden, _ = _run(self.model, rows)
+        original = states.to(hidden.device).flatten(0, 1)
         pieces = zip(hidden.split(_LOGIT_TOKENS), original.split(_LOGIT_TOKENS), strict=True)
-        summed = partial(checkpoint, _summed_kl, self.model, use_reentrant=False, preserve_rng_state=False)
-        return torch.stack([summed(*piece) for piece in pieces]).sum()
+        return torch.stack([_Summed.apply(piece, theirs, self.model) for piece, theirs in pieces]).sum()
 
 
-def _summed_kl(model: Any, hidden: Tensor, original: Tensor) -> Tensor:
-    ours = _log_probabilities(model, hidden)
-    with torch.no_grad():
+class _Summed(torch.autograd.Function):
+    """KL summed over tokens. The gradient is computed with it, so that logits need not be kept, nor made again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, original: Tensor, model: Any) -> Tensor:
         theirs = _log_probabilities(model, original)
-    return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+        with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+            hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
+            summed = F.kl_div(_log_probabilities(model, hidden), theirs, reduction="sum", log_target=True)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*torch.autograd.grad(summed, hidden))
+        return summed.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None
 
 
-def _run(model: Any, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What the head reads of rows of one length, ``[tokens, hidden]``, and the model's logits of the first tokens."""
+def _run(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What the head reads of rows ``[rows, T]``, ``[tokens, hidden]``, and the model's logits of their first tokens."""
     head = model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head, so there are no predictions to distill.")
@@ -128,11 +139,10 @@ def _run(model: Any, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
     handle = head.register_forward_pre_hook(keep)
     try:
-        ids = torch.stack(list(rows)).to(input_device(model))
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=rows.to(input_device(model)), use_cache=False).logits
     finally:
         handle.remove()
-    return seen[0].flatten(0, 1), logits[0]
+    return seen[0].flatten(0, 1), logits
 
 
 def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:

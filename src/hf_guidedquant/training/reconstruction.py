@@ -22,10 +22,12 @@ from ..config import ReconstructSpec
 from ..errors import ModelError
 from ..linears import dense_weight
 from ..nn import GuidedLinear, LatentLinear, replace_module
-from ..running import mixed_precision, repeatable_backward
+from ..replay import stacked, worth_graphs
+from ..running import mixed_precision, repeatable_backward, rows_of_their_own
 from ..triton_kernels import unpack_codes
 from ..workers import Workers
 from .batches import batches, rate, set_aside, shuffled, stacks
+from .steps import Steps
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +120,13 @@ def reconstruct(
     training, held_back = set_aside(range(len(rows)), spec.held_back, generator)
     found, reports = {name: dict(tensors) for name, tensors in layers.items()}, []
     with torch.no_grad(), passage.only(0, 0):
-        original = _through(passage, shelf, rows, None)
-    quantized = original
+        original = _through(passage, shelf, rows)
+        quantized = _through(passage, shelf, rows)
     total = len(drawn.blocks) * spec.epochs * sum(rows[index].numel() for index in training)
     with tqdm(total=total, desc="Reconstructing", unit="token", unit_scale=True) as bar:
         for number, name in enumerate(drawn.blocks):
             own = [layer for layer in layers if layer.startswith(name + ".")]
-            with passage.only(number, number + 1, head=False), mixed_precision(passage.device):
+            with passage.only(number, number + 1, head=False), mixed_precision(passage.device), rows_of_their_own():
                 targets = _through(passage, shelf, rows, original)
                 best: dict[str, GuidedLinear] = {}
                 if own:
@@ -151,10 +153,6 @@ class _States:
 
     rows: list[Tensor]
     finite: frozenset[int]
-
-    def together(self, stack: Sequence[int], device: torch.device) -> Tensor:
-        """Rows as one batch on a device."""
-        return torch.stack([self.rows[index].to(device, non_blocking=True) for index in stack])
 
 
 @dataclass(frozen=True)
@@ -203,44 +201,51 @@ class _Block:
             for layer in layers
             for parameter, step in ((layer.codebook, spec.learning_rate), (layer.latent, spec.latent_learning_rate))
         ]
+
+        def settle() -> None:
+            for layer in layers:
+                layer.settle()
+
+        device = self.passage.device
         # How large gradients are depends on the model; what is tiny for one is not for another.
-        optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.95), weight_decay=0.0, eps=1e-20, fused=self.passage.device.type == "cuda"
+        steps = Steps(
+            lambda *inputs: self._squared(*inputs)[0],
+            groups,
+            eps=1e-20,
+            after=settle,
+            graphs=worth_graphs(self.model, device),
         )
         done, total = 0, spec.epochs * sum(self.rows[index].numel() for index in which)
         with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
             stack.enter_context(_only_these(self.model, layers))
-            stack.enter_context(repeatable_backward(self.passage.device, lambda: self._backward(which[:1])))
-            optimizer.zero_grad()
+            stack.enter_context(repeatable_backward(device, lambda: steps.try_out(*self._inputs(which[:1]))))
             for _ in range(spec.epochs):
                 for batch in batches(self.rows, shuffled(which, generator), spec.batch_tokens):
                     tokens = sum(self.rows[index].numel() for index in batch)
-                    for group in optimizer.param_groups:
-                        group["lr"] = rate((done + tokens / 2) / total) * group["largest"]
-                    self._backward(batch)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    for layer in layers:
-                        layer.settle()
+                    for together in stacks(self.rows, batch):
+                        steps.add(*self._inputs(together))
+                    steps.step(rate((done + tokens / 2) / total))
                     done += tokens
                     report(tokens)
 
     @torch.no_grad()
     def _error(self, which: Sequence[int]) -> float:
         """Squared error over some rows, relative to the squares of what the original gives."""
-        parts = [torch.stack(self._squared(stack)) for stack in stacks(self.rows, self._usable(which))]
+        parts = [
+            torch.stack(self._squared(*(stacked(rows, self.passage.device) for rows in self._inputs(stack))))
+            for stack in stacks(self.rows, self._usable(which))
+        ]
         error, square = torch.stack(parts).sum(dim=0).tolist()
         return error / max(square, 1e-300)
 
-    def _backward(self, batch: Sequence[int]) -> None:
-        for stack in stacks(self.rows, batch):
-            self._squared(stack)[0].backward()
+    def _inputs(self, stack: Sequence[int]) -> tuple[list[Tensor], ...]:
+        """Rows of one length: token ids, the hidden states that enter and those that the original gives."""
+        sources = (self.rows, self.entering.rows, self.targets.rows)
+        return tuple([source[index] for index in stack] for source in sources)
 
-    def _squared(self, stack: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _squared(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of rows of one length, and the squares of what the original gives."""
-        given = _run(self.passage, self.rows, stack, self.entering)
-        wanted = self.targets.together(stack, given.device).float()
+        given, wanted = self.passage.run(ids, entering), wanted.float()
         return (given.float() - wanted).square().sum(), wanted.square().sum()
 
     def _usable(self, which: Sequence[int]) -> list[int]:
@@ -250,22 +255,19 @@ class _Block:
         return good or list(which)
 
 
-def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: _States | None) -> _States:
-    """What leaves the part."""
+def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: _States | None = None) -> _States:
+    """What leaves the part. The states that enter it are lost, because it takes their place."""
     found: dict[int, Tensor] = {}
     finite: dict[int, Tensor] = {}
     with torch.no_grad():
         for stack in stacks(rows, range(len(rows))):
-            left = _run(passage, rows, stack, states)
-            found |= {index: shelf.put(row) for index, row in zip(stack, left, strict=True)}
+            places = [None if states is None else states.rows[index] for index in stack]
+            entering = None if states is None else stacked([states.rows[index] for index in stack], passage.device)
+            left = passage.run(stacked([rows[index] for index in stack], passage.input_device), entering)
+            found |= {index: shelf.put(*pair) for index, *pair in zip(stack, left, places, strict=True)}
             finite |= dict(zip(stack, left.isfinite().flatten(1).all(dim=1), strict=True))
     shelf.settle()
     return _States([found[index] for index in range(len(rows))], frozenset(i for i, good in finite.items() if good))
-
-
-def _run(passage: Passage, rows: Sequence[Tensor], stack: Sequence[int], states: _States | None) -> Tensor:
-    entering = None if states is None else states.together(stack, passage.device)
-    return passage.run([rows[index] for index in stack], entering)
 
 
 def _quantized(model: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> GuidedLinear:

@@ -1,0 +1,108 @@
+"""Steps down a loss: gradients of rows are added up, then AdamW moves the parameters. On a GPU both are CUDA graphs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..replay import Replay, Replays, stacked
+
+
+class Steps:
+    """Trains parameters on a summed loss.
+
+    Args:
+        loss: ``(*inputs) -> `` the sum over rows that go through the model together, fp32 or fp64.
+        groups: Parameter groups, each with the ``largest`` step that its parameters take.
+        clip: Norm that the gradient of all parameters together is shortened to; None for as it is.
+        eps: AdamW's.
+        after: What is done after every step.
+        graphs: Whether to use CUDA graphs (see :func:`hf_guidedquant.replay.worth_graphs`).
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        groups: Sequence[dict[str, Any]],
+        *,
+        clip: float | None = None,
+        eps: float = 1e-8,
+        after: Callable[[], None] = lambda: None,
+        graphs: bool = False,
+    ) -> None:
+        self._loss, self._clip, self._after = loss, clip, after
+        parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self._device = parameters[0].device
+        rates = [torch.zeros((), device=self._device) for _ in groups]
+        self._largest = torch.tensor([group["largest"] for group in groups], device=self._device)
+        self._optimizer: Any = torch.optim.AdamW(
+            [{"params": group["params"], "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            eps=eps,
+            fused=True,
+            capturable=self._device.type == "cuda",
+        )
+        self._rates = rates
+        self._rate, self._items = (torch.zeros((), device=self._device) for _ in range(2))
+        self._total = torch.zeros((), device=self._device, dtype=torch.float64)
+        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._adding = Replays(self._backward, self._device, graphs, "Training")
+        self._stepping = Replay(self._device, "Training") if graphs else None
+
+    def add(self, *inputs: Sequence[Tensor]) -> None:
+        """Add the gradients of rows that go through the model together.
+
+        Args:
+            inputs: For each of the loss's, the rows' tensors, of one shape. They are stacked on the device.
+        """
+        self._adding(*inputs)
+
+    def step(self, rate: float, items: float = 1.0) -> None:
+        """Move the parameters by the gradients added since the last step; not if any is NaN or infinite.
+
+        Args:
+            rate: Share of the largest step.
+            items: How many terms the gradients are a sum of.
+        """
+        self._rate.fill_(rate)
+        self._items.fill_(items)
+        if self._stepping is None:
+            self._step()
+        else:
+            self._stepping(self._step)
+
+    def total(self) -> float:
+        """Sum of the losses since this was last asked."""
+        total = float(self._total)
+        self._total.zero_()
+        return total
+
+    def try_out(self, *inputs: Sequence[Tensor]) -> None:
+        """Compute the gradients of rows, and forget them."""
+        self._backward(*(stacked(rows, self._device) for rows in inputs))
+        torch._foreach_zero_(self._gradients)
+        self._total.zero_()
+
+    def _backward(self, *inputs: Tensor) -> None:
+        with torch.enable_grad():
+            loss = self._loss(*inputs)
+            loss.backward()
+        self._total += loss.detach()
+
+    def _step(self) -> None:
+        norm = nn.utils.get_total_norm(self._gradients) / self._items
+        shortened = 1.0 if self._clip is None else (norm / self._clip).clamp_min(1)
+        # The fused step divides gradients by the one and leaves all as it is if the other is 1.
+        self._optimizer.grad_scale = self._items * shortened
+        self._optimizer.found_inf = 1 - norm.isfinite().float()
+        torch._foreach_copy_(self._rates, list((self._largest * self._rate).unbind()))
+        self._optimizer.step()
+        torch._foreach_zero_(self._gradients)
+        self._after()
+
+
+__all__ = ["Steps"]

@@ -27,6 +27,7 @@ ROOMS = [
     "formats",
     "workers",
     "linears",
+    "experts",
     "plan",
     "calibration",
     "nn",

@@ -1,8 +1,8 @@
 """Statistics that are kept (``statistics=``): one calibration serves runs with other bits, other methods, and restarts.
 
 statistics/statistics.json   which model and data they are of
-statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, and ``hessian [g, K, K]`` once a
-                             method has needed it, all fp32 but the count
+statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, ``tokens``, and ``hessian [g, K, K]``
+                             once a method has needed it, all fp32 but the counts
 """
 
 import logging
@@ -85,16 +85,15 @@ class StatisticsStore:
     def load(self, layer: LayerPlan, device: torch.device) -> LayerStatistics | None:
         """What the layer's method needs, on ``device``; None if it is not there, and then the folder is locked."""
         tensors, _ = self._folder.load(layer.name) or ({}, None)
-        statistics, bad_rows = tensors.get(layer.statistics), tensors.get("bad_rows")
+        statistics, *counts = (tensors.get(name) for name in (layer.statistics, "bad_rows", "tokens"))
         if (
             statistics is None
-            or bad_rows is None
             or (statistics.shape, statistics.dtype) != (layer.statistics_shape, torch.float32)
-            or (bad_rows.shape, bad_rows.dtype) != ((), torch.int64)
+            or any(count is None or (count.shape, count.dtype) != ((), torch.int64) for count in counts)
         ):
             self._lock()
             return None
-        return LayerStatistics(statistics.to(device), bad_rows.to(device))
+        return LayerStatistics(*(tensor.to(device) for tensor in (statistics, *counts)))
 
     def save(self, name: str, statistics: LayerStatistics) -> None:
         """Keep a layer's statistics.
@@ -104,7 +103,7 @@ class StatisticsStore:
         """
         if not self._writable:
             return
-        tensors = {"bad_rows": statistics.bad_rows}
+        tensors = {"bad_rows": statistics.bad_rows, "tokens": statistics.tokens}
         if statistics.diagonal is None:
             tensors["diagonal"] = statistics.hessian
         else:

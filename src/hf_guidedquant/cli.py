@@ -11,7 +11,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoTokenizer, TextStreamer
 
 from .calibration.kinds import builtin_text
 from .checkpoint import check_output_folder, save
@@ -28,7 +28,7 @@ from .evaluate import (
     run_tasks,
     token_ids,
 )
-from .forecast import plan
+from .forecast import auto_class, plan
 from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
@@ -90,7 +90,7 @@ def _quantize(options: argparse.Namespace) -> None:
     check_output_folder(options.out)
     config = _config(options, _QUANTIZE_FIELDS)
     tokenizer = _tokenizer(options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = auto_class(AutoConfig.from_pretrained(options.model)).from_pretrained(
         options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
     )
     folder = save(model, options.out, tokenizer)
@@ -198,7 +198,8 @@ def _tokenizer(model: str) -> Any:
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
+    kind = auto_class(AutoConfig.from_pretrained(name))
+    model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)
     return model
 

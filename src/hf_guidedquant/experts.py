@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.conv import _ConvNd
 
 from .config import GuidedQuantConfig, matches
 from .linears import swap_module
@@ -182,10 +183,11 @@ def _count(name: str, module: nn.Module) -> int | None:
     """How many experts a module holds, if that is what it does."""
     if isinstance(module, Experts):
         return module.num_experts
-    if _is_fused(module):
-        return len(getattr(module, DOWN))
-    is_list = isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "experts"
-    return len(module) if is_list else None  # type: ignore[arg-type]
+    if isinstance(module, nn.ModuleList):
+        return len(module) if name.rpartition(".")[2] == "experts" else None
+    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    # Of fused experts of other kinds too.
+    return len(stacks[0]) if stacks and not isinstance(module, _ConvNd) else None
 
 
 def _is_wanted(name: str, fused: nn.Module, config: GuidedQuantConfig) -> bool:

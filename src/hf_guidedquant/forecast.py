@@ -148,7 +148,9 @@ def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
 
 def auto_class(config: Any) -> Any:
     """The class that loads a model with this config: a language model, or one that also reads images."""
-    known = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    known = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
     return known[0] if known else AutoModelForCausalLM
 
 

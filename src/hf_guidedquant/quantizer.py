@@ -69,6 +69,7 @@ class GuidedQuantizer(HfQuantizer):
         # the conversions that do that.
         self._expert_tensors: list[str] = []
         self._set_aside: list[Any] = []
+        self._has_experts = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -142,6 +143,7 @@ class GuidedQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         config = self.quantization_config
         prepare_layers(model, config.fuse_layers, config.cache_dequantized)
+        self._has_experts = bool(unfused_experts(model))
         _allow_adapters(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -177,7 +179,8 @@ class GuidedQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Whether ``generate`` compiles a step by itself. Which experts run is the host's decision, token by token."""
+        return not self._has_experts
 
 
 def _allow_adapters(model: Any) -> None:

@@ -58,8 +58,8 @@ class LayerStatistics:
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device, for_any_method: bool = False) -> "LayerStatistics":
         """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
-        counts = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
-        statistics = cls(torch.zeros(shape, device=device), *counts)
+        bad_rows, tokens = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        statistics = cls(torch.zeros(shape, device=device), bad_rows, tokens)
         if for_any_method and len(shape) == 3:
             statistics.diagonal = torch.zeros(shape[:2], device=device)
         return statistics

@@ -21,9 +21,7 @@ from .collector import LayerStatistics
 logger = logging.getLogger(__name__)
 
 
-def with_fellows(
-    model: nn.Module, layers: Sequence[LayerPlan], segment: Sequence[LayerPlan]
-) -> list[LayerPlan]:
+def with_fellows(model: nn.Module, layers: Sequence[LayerPlan], segment: Sequence[LayerPlan]) -> list[LayerPlan]:
     """``layers``, and those of their ``segment`` that they may have to borrow from.
 
     What an expert borrows must not depend on which of its fellows an interrupted run has solved.
@@ -42,7 +40,7 @@ def lend(model: nn.Module, statistics: Mapping[str, LayerStatistics]) -> None:
         model: Its experts are linear layers.
         statistics: By name of the layer; if an expert's are among them, its fellows' are too.
     """
-    poor = {}
+    poor: dict[str, int] = {}
     for names, shared in _fellows(model):
         shapes = {statistics[name].hessian.shape for name in names if name in statistics}
         for shape in shapes:

@@ -85,15 +85,16 @@ class StatisticsStore:
     def load(self, layer: LayerPlan, device: torch.device) -> LayerStatistics | None:
         """What the layer's method needs, on ``device``; None if it is not there, and then the folder is locked."""
         tensors, _ = self._folder.load(layer.name) or ({}, None)
-        statistics, *counts = (tensors.get(name) for name in (layer.statistics, "bad_rows", "tokens"))
-        if (
-            statistics is None
-            or (statistics.shape, statistics.dtype) != (layer.statistics_shape, torch.float32)
-            or any(count is None or (count.shape, count.dtype) != ((), torch.int64) for count in counts)
-        ):
+        expected = {
+            layer.statistics: (layer.statistics_shape, torch.float32),
+            "bad_rows": ((), torch.int64),
+            "tokens": ((), torch.int64),
+        }
+        if any(name not in tensors or (tensors[name].shape, tensors[name].dtype) != e for name, e in expected.items()):
             self._lock()
             return None
-        return LayerStatistics(*(tensor.to(device) for tensor in (statistics, *counts)))
+        statistics, bad_rows, tokens = (tensors[name].to(device) for name in expected)
+        return LayerStatistics(statistics, bad_rows, tokens)
 
     def save(self, name: str, statistics: LayerStatistics) -> None:
         """Keep a layer's statistics.

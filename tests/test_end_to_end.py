@@ -2,12 +2,11 @@
 
 import copy
 import json
-import logging
 import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, memory_for, tiny_model, token_rows
+from conftest import ARCHITECTURES, memory_for, tiny_model, token_rows
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant

@@ -8,14 +8,18 @@ from conftest import VOCABULARY, token_rows
 from tokenizer import word_tokenizer
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    pipeline,
 )
 
 import hf_guidedquant
@@ -79,7 +83,10 @@ def _gemma3():
     vision = {"model_type": "siglip_vision_model", "vision_use_head": False, **VISION}
     indices = {"image_token_index": IMAGE, "boi_token_index": 126, "eoi_token_index": 125, "mm_tokens_per_image": 4}
     config = Gemma3Config(text_config={**TEXT, "sliding_window": 32}, vision_config=vision, **indices)
-    return Gemma3ForConditionalGeneration(config), {"pixel_values": PIXELS}
+    model = Gemma3ForConditionalGeneration(config)
+    # It starts as zero, which would hide the image.
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    return model, {"pixel_values": PIXELS}
 
 
 MODELS = {"llava": _llava, "qwen2-vl": _qwen2_vl, "qwen3-vl-moe": _qwen3_vl_moe, "gemma3": _gemma3}
@@ -156,10 +163,17 @@ def test_training_and_segments_of_a_text_model():
 def test_the_command_line_takes_such_models(tmp_path, capsys):
     model, _ = made("llava")
     model.save_pretrained(tmp_path / "dense")
-    word_tokenizer().save_pretrained(tmp_path / "dense")
+    processor = LlavaProcessor(CLIPImageProcessor(), word_tokenizer(), patch_size=8)
+    processor.save_pretrained(tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"word{index % 100}" for index in range(400)))
     options = ["--bits", "3", "--method", "squeezellm", "--dataset", str(text), "--seq-len", "32", "--json"]
     assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "quantized"), *options]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 14
     assert len(quantized_modules(AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized"))) == 14
+    assert type(AutoProcessor.from_pretrained(tmp_path / "quantized")) is LlavaProcessor
+    card = (tmp_path / "quantized" / "README.md").read_text()
+    assert "pipeline_tag: image-text-to-text" in card
+    assert 'pipeline("image-text-to-text"' in card
+    generator = pipeline("image-text-to-text", model=str(tmp_path / "quantized"))
+    assert generator(text="word1 word2", max_new_tokens=2)[0]["generated_text"].startswith("word1 word2 ")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
+from .auto import auto_class
 from .calibration import Footprint, Outline, divide, outline
 from .config import GuidedQuantConfig, ReconstructSpec
 from .errors import ModelError
@@ -144,14 +145,6 @@ def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
         memory={str(where): size for where, size in memory.items()},
         seconds=seconds,
     )
-
-
-def auto_class(config: Any) -> Any:
-    """The class that loads a model with this config: a language model, or one that also reads images."""
-    known = [
-        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
-    ]
-    return known[0] if known else AutoModelForCausalLM
 
 
 def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:

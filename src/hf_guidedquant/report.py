@@ -23,7 +23,7 @@ class LayerReport:
         damping, dead_inputs, fallback: What the Hessian needed; see ``solvers.hessian.Conditioning``.
         bad_rows: Calibration rows left out of this layer's statistics.
         tokens: Calibration tokens that its statistics are of; of an expert, those routed to it (0 without data).
-        borrowed_tokens: Of an expert with fewer tokens than inputs: average tokens of its layer's experts added to them.
+        borrowed_tokens: Of an expert with fewer tokens than inputs: average tokens of all experts, added to its own.
         lut_dtype: Dtype of the stored codebook.
     """
 

@@ -1,8 +1,8 @@
 """Statistics that are kept (``statistics=``): one calibration serves runs with other bits, other methods, and restarts.
 
 statistics/statistics.json   which model and data they are of
-statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, ``tokens``, and ``hessian [g, K, K]``
-                             once a method has needed it, all fp32 but the counts
+statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, ``tokens``, and ``hessian
+                             [g, K, K]`` once a method has needed it, all fp32 but the counts
 """
 
 import logging

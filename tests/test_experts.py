@@ -34,6 +34,8 @@ from hf_guidedquant.errors import AdapterError, NonFiniteWeightError
 from hf_guidedquant.experts import Experts, fused_experts, unfuse, unfused, unfused_experts
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
+from hf_guidedquant.solvers import SOLVERS, SolverSpec
+from hf_guidedquant.solvers.hessian import condition
 
 SIZES = {
     "hidden_size": 32,
@@ -239,6 +241,39 @@ def test_borrowed_diagonals_are_the_diagonals_of_what_hessians_borrow():
     for name, statistics in full.items():
         assert statistics.borrowed == diagonal[name].borrowed
         torch.testing.assert_close(statistics.hessian.diagonal(dim1=-2, dim2=-1), diagonal[name].hessian)
+
+
+@pytest.mark.parametrize("part", ["gate_up_proj", "down_proj"])
+def test_what_is_borrowed_lowers_the_error_on_other_tokens(part):
+    model = mixture()
+    unfuse(model)
+    generator = torch.Generator().manual_seed(0)
+    inputs = 32 if part == "gate_up_proj" else 24
+    # Experts read one space on the way up, each with a mean of its own; on the way down each has its own.
+    spectrum = torch.arange(1, inputs + 1) ** -0.5
+    spaces = [torch.linalg.qr(torch.randn(inputs, inputs, generator=generator))[0] * spectrum for _ in range(5)]
+    means = 0.3 * torch.randn(5, inputs, generator=generator)
+
+    def tokens(number, count):
+        z = torch.randn(count, inputs, generator=generator) + means[number]
+        return z @ spaces[0 if part == "gate_up_proj" else number].mT
+
+    found = {}
+    for number in range(5):
+        found[number] = LayerStatistics.empty((1, inputs, inputs), torch.device("cpu"))
+        found[number].add(tokens(number, 6 if number == 0 else 500), None, torch.tensor(True))
+        found[number].hessian = found[number].hessian.tril() + found[number].hessian.tril(-1).mT
+    weight, others = torch.randn(1, 64, inputs, generator=generator), tokens(0, 2000)
+
+    def error():
+        hessian, _ = condition(found[0].hessian.clone(), "expert")
+        solution = SOLVERS["lnq"].solve(weight, hessian, SolverSpec(2))
+        quantized = solution.codebook.float().gather(-1, solution.codes.long())
+        return ((quantized - weight) @ others.mT).square().sum().item()
+
+    alone = error()
+    lend(model, {f"model.layers.0.mlp.experts.{number}.{part}": one for number, one in found.items()})
+    assert error() < 0.75 * alone
 
 
 def test_an_expert_without_tokens_is_quantized_and_flagged(caplog):

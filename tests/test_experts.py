@@ -1,6 +1,7 @@
 """Mixtures of experts: each expert is quantized with the tokens that are routed to it."""
 
 import copy
+import json
 import logging
 from functools import partial
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import LayerStatistics, lend, outline
 from hf_guidedquant.calibration.collector import end_loss
 from hf_guidedquant.calibration.relay import Relay
-from hf_guidedquant.errors import AdapterError, NonFiniteWeightError
+from hf_guidedquant.errors import AdapterError, CheckpointError, NonFiniteWeightError
 from hf_guidedquant.experts import Experts, fused_experts, unfuse, unfused, unfused_experts
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
@@ -374,6 +375,14 @@ def test_the_dense_model_loads_untouched_beside_a_quantized_one(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert fused_experts(again)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_config_with_more_experts_than_any_model_is_refused(tmp_path):
+    hf_guidedquant.save(hf_guidedquant.quantize(mixture(), config(method="rtn")), tmp_path / "quantized")
+    file = tmp_path / "quantized" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_local_experts": 10**6}))
+    with pytest.raises(CheckpointError, match="1,000,000 experts"):
+        inspect(tmp_path / "quantized")
 
 
 def test_settings_of_single_experts():

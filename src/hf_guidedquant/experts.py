@@ -180,14 +180,14 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def _count(name: str, module: nn.Module) -> int | None:
-    """How many experts a module holds, if that is what it does."""
+    """How many experts a module holds, if it may be one that holds experts."""
     if isinstance(module, Experts):
         return module.num_experts
     if isinstance(module, nn.ModuleList):
         return len(module) if name.rpartition(".")[2] == "experts" else None
-    stacks = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    # Of fused experts of other kinds too.
-    return len(stacks[0]) if stacks and not isinstance(module, _ConvNd) else None
+    # Fused experts of other kinds too.
+    stacks = [len(parameter) for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    return stacks[0] if stacks and stacks[0] > 1 and not isinstance(module, _ConvNd) else None
 
 
 def _is_wanted(name: str, fused: nn.Module, config: GuidedQuantConfig) -> bool:

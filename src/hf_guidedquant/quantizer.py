@@ -14,7 +14,7 @@ from . import checkpoint, companions, pipeline
 from .calibration.kinds import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
-from .experts import fuse_experts, fused_experts, unfuse, unfused_experts
+from .experts import DOWN, fuse_experts, fused_experts, unfuse, unfused_experts
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape, size_of
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
@@ -25,6 +25,8 @@ from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
+# More than any model has in all its blocks: building them as modules would take hours.
+_MOST_EXPERTS = 200_000
 _LUT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -211,8 +213,12 @@ def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:
 def _unfuse_quantized(model: Any, config: GuidedQuantConfig) -> list[str]:
     """Make experts linear layers if the config lists any of those; returns names of tensors, before and after."""
     saved = {alias for name in config.modules for alias in _aliases(model, name)}
-    if not any(name.startswith(f"{experts}.") for experts in fused_experts(model) for name in saved):
+    fused = fused_experts(model)
+    if not any(name.startswith(f"{experts}.") for experts in fused for name in saved):
         return []
+    count = sum(len(experts.get_parameter(DOWN)) for experts in fused.values())
+    if count > _MOST_EXPERTS:
+        raise CheckpointError(f"config.json: the model has {count:,} experts; up to {_MOST_EXPERTS:,} are allowed.")
     return [
         f"{name}.{key}"
         for name, fused in unfuse(model).items()

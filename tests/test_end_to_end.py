@@ -2,13 +2,12 @@
 
 import copy
 import json
-import logging
 import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, memory_for, tiny_model, token_rows
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from conftest import ARCHITECTURES, memory_for, tiny_model, token_rows
+from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedLinear, GuidedQuantConfig
@@ -259,18 +258,6 @@ def test_plan_works_on_meta_and_lists_everything(llama):
     assert set(planned.skipped.values()) == {"embedding", "output head"}
     hf_guidedquant.quantize(llama, config())
     assert planned.quantized_bytes == sum(tensor.nbytes for tensor in llama.state_dict().values())
-
-
-def test_fused_experts_are_reported_loudly(caplog):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2))
-    logging.getLogger("hf_guidedquant").propagate = True
-    with caplog.at_level(logging.WARNING, logger="hf_guidedquant"):
-        planned = hf_guidedquant.plan(model, config())
-    experts = [name for name in planned.skipped if "experts" in name]
-    assert len(experts) == 2
-    assert all(name in caplog.text for name in experts)
 
 
 def test_shared_weights_are_left_alone():

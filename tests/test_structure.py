@@ -15,6 +15,7 @@ SOURCE = Path(hf_guidedquant.__file__).parent
 # A room may import from the rooms before it. `formats` and `solvers` never import each other.
 ROOMS = [
     "errors",
+    "auto",
     "resources",
     "running",
     "fingerprint",
@@ -28,6 +29,7 @@ ROOMS = [
     "config",
     "formats",
     "workers",
+    "experts",
     "plan",
     "calibration",
     "nn",

@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .auto import pipeline_task
 from .config import CONVERTED
 from .evaluate import bits_per_weight
 from .nn import quantized_modules
@@ -40,8 +41,8 @@ pip install hf-guidedquant
 import hf_guidedquant  # registers the format with Transformers
 from transformers import pipeline
 
-generator = pipeline("text-generation", model="{name}", device_map="auto")
-print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])
+generator = pipeline("{task}", model="{name}", device_map="auto")
+print(generator({text}"Once upon a time", max_new_tokens=40)[0]["generated_text"])
 ```
 
 | | |
@@ -65,9 +66,10 @@ def model_card(settings: Mapping[str, Any], name: str, tags: Iterable[str] = (),
     provenance = settings["provenance"]
     base, source = (_repository(provenance.get(key)) for key in ("base_model", "source"))
     origin = base or source
+    task = "text-generation" if model is None else pipeline_task(model.config)
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         base_model=base,
         base_model_relation="quantized" if base else None,
         tags=list(dict.fromkeys(["guidedquant", f"{settings['bits']}-bit", *tags])),
@@ -75,6 +77,8 @@ def model_card(settings: Mapping[str, Any], name: str, tags: Iterable[str] = (),
     body = _BODY.format(
         title=name.rpartition("/")[2] or name,
         name=name,
+        task=task,
+        text="" if task == "text-generation" else "text=",
         bits=settings["bits"],
         made="converted" if settings["method"] == CONVERTED else "quantized",
         source=f" from [{origin}](https://huggingface.co/{origin})" if origin else "",

@@ -11,8 +11,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TextStreamer
 
+from .auto import auto_class, pipeline_task
 from .calibration.kinds import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import METHODS, PRESETS, GuidedQuantConfig
@@ -90,13 +91,15 @@ def _quantize(options: argparse.Namespace) -> None:
     check_output_folder(options.out)
     config = _config(options, _QUANTIZE_FIELDS)
     tokenizer = _tokenizer(options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model_config = AutoConfig.from_pretrained(options.model)
+    processor = _processor(options.model, tokenizer) if "image" in pipeline_task(model_config) else tokenizer
+    model: Any = auto_class(model_config).from_pretrained(
         options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
     )
-    folder = save(model, options.out, tokenizer)
+    folder = save(model, options.out, processor)
     if options.push_to_hub:
         model.push_to_hub(options.push_to_hub)
-        tokenizer.push_to_hub(options.push_to_hub)
+        processor.push_to_hub(options.push_to_hub)
     # Without --json the log has shown the report.
     _show(options, model.quantization_report.to_dict(), f"Saved in {folder}.")
 
@@ -197,8 +200,17 @@ def _tokenizer(model: str) -> Any:
         raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
 
 
+def _processor(model: str, tokenizer: Any) -> Any:
+    """What prepares texts and images for a model, or its tokenizer if there is nothing for images."""
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, ImportError):
+        return tokenizer
+
+
 def _load(options: argparse.Namespace, name: str) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
+    kind = auto_class(AutoConfig.from_pretrained(name))
+    model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)
     return model
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from .auto import auto_class
 from .calibration import Footprint, Outline, divide, outline
 from .config import GuidedQuantConfig, ReconstructSpec
 from .errors import ModelError
+from .experts import unfused
 from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
 from .report import align, sizes
@@ -85,6 +87,11 @@ def plan(
         ModelError: The name is no model's, or the memory is too small, whatever is done.
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
+    with unfused(subject, config, only_inside=True):
+        return _plan(subject, config, probe)
+
+
+def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
     decided = plan_layers(subject, config)
     device = compute_device(torch.device("cpu"), config.device)
     fits = device.type != "cpu" and size_of(subject) <= WEIGHTS_SHARE * total_memory(device)
@@ -148,7 +155,7 @@ def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:
         raise ModelError(f"{name} is no model that Transformers knows: {error}") from error
     trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.get_text_config().dtype or torch.float32, **trust)
+        return auto_class(config).from_config(config, dtype=config.get_text_config().dtype or torch.float32, **trust)
 
 
 def _row_seconds(
@@ -161,10 +168,11 @@ def _row_seconds(
     machine = _Machine(device, dtype)
     total = sum((1.0 if op.backward else passes) * machine.seconds(op.flops, op.nbytes) for op in drawn.work)
     for layer in layers:
-        activations = tokens * (5 * layer.in_features + 2 * layer.out_features) * dtype.itemsize
+        read = drawn.reads.get(layer.name, tokens)
+        activations = read * (5 * layer.in_features + 2 * layer.out_features) * dtype.itemsize
         total += machine.seconds(0, activations + 2 * layer.statistics_bytes)
         if layer.statistics == "hessian":
-            total += machine.seconds(int(2 * _GRAM_SHARE * tokens * layer.num_groups * layer.in_features**2), 0)
+            total += machine.seconds(int(2 * _GRAM_SHARE * read * layer.num_groups * layer.in_features**2), 0)
     return total
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,3 +43,16 @@ def dense_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as ``[out_features, in_features]``."""
     weight = stored_weight(module)
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def swap_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``name`` is; accelerate's hooks, which place activations on devices, move along."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    old = getattr(parent, child)
+    hook = getattr(old, "_hf_hook", None)
+    new.train(old.training)
+    if hook is not None:
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
+    setattr(parent, child, new)

@@ -1,18 +1,23 @@
 """LoRA adapters of peft on quantized layers. Imported where peft is installed, once there is a quantized model."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners.lora import Linear, LoraConfig, LoraModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from .errors import AdapterError
+from .experts import unfused_experts
 from .nn import GuidedLinear, quantized_modules
 
 # Ways to begin an adapter that do not look at the dense weight of its layer.
 _BLIND_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
+# Where adapters go, and what depends on it.
+_TARGETS = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 
 
 class GuidedLoraLinear(Linear):
@@ -43,7 +48,16 @@ class GuidedLoraLinear(Linear):
 class GuidedLoraModel(LoraModel):
     """peft's ``LoraModel``, which knows quantized layers too. Of other models it makes what ``LoraModel`` does."""
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._asked_for = {name: copy.copy(getattr(self.peft_config[adapter_name], name)) for name in _TARGETS}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        experts = tuple(f"{name}." for name in unfused_experts(model))
+        if experts:
+            # By now peft has turned experts' layers into parameters of fused experts, which these are not.
+            for name, value in self._asked_for.items():
+                setattr(peft_config, name, value)
         super()._prepare_model(peft_config, model)
         quantized = quantized_modules(model)
         if not quantized:
@@ -54,7 +68,9 @@ class GuidedLoraModel(LoraModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             # peft itself finds the layers that have adapters already.
-            peft_config.target_modules |= {name for name in quantized if not name.endswith(".base_layer")}
+            found = {name for name in quantized if not name.endswith(".base_layer")}
+            peft_config.target_modules = {n for n in peft_config.target_modules | found if not n.startswith(experts)}
+        _check_targets(peft_config, [name for name in quantized if name.startswith(experts)])
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -83,6 +99,16 @@ def _check(config: LoraConfig) -> None:
     variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
     if variants:
         raise AdapterError(f"LoraConfig.{variants[0]} is for dense layers. Leave it out on a quantized model.")
+
+
+def _check_targets(config: LoraConfig, experts: Iterable[str]) -> None:
+    """Refuse adapters on experts: peft would save them, but rename some of their tensors when it reads them back."""
+    layer = next((name for name in experts if check_target_module_exists(config, name)), None)
+    if layer is not None:
+        raise AdapterError(
+            f"Adapters cannot be put on experts, like {layer}. Name other layers in target_modules, such as "
+            '["q_proj", "v_proj"], or use "all-linear", which leaves experts out.'
+        )
 
 
 def _refuse_merging(layer: GuidedLoraLinear) -> None:

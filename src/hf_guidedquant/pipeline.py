@@ -25,15 +25,18 @@ from .calibration import (
     StatisticsStore,
     divide,
     gather,
+    lend,
     load_rows,
     open_statistics,
     outline_for,
     place_for,
     relay_for,
+    with_fellows,
 )
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
+from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import size_of, stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
@@ -69,10 +72,15 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         FolderMismatchError: ``run_dir`` or ``statistics`` was filled under other conditions.
         FolderUnusableError: Another process uses the folder, or it cannot be written to.
     """
+    check_model(model)
+    with unfused(model, config):
+        return _run(model, config, freshly_loaded)
+
+
+def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool) -> Report:
     workers = Workers()
     if not workers.first:
         disable_progress_bar()
-    check_model(model)
     layers_plan = plan_layers(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
     seconds: dict[str, float] = {}
@@ -99,7 +107,9 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         for step, number in enumerate(order, start=1):
             todo = batches_of[number]
             with _timed("calibration", seconds):
-                statistics = gather(model, relay, number, list(chain(*todo)), config, store, workers)
+                needed = with_fellows(model, list(chain(*todo)), segments[number].layers)
+                statistics = gather(model, relay, number, needed, config, store, workers)
+                lend(model, statistics)
             with _timed("solving", seconds):
                 which = f" {step}/{len(order)}" if len(order) > 1 else ""
                 solved = solve_together(model, todo, statistics, config, "Solving" + which, workers)

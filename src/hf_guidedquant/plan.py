@@ -11,6 +11,7 @@ from torch import nn
 
 from .config import GuidedQuantConfig, matches
 from .errors import ConfigError, NoLinearLayersError, listed
+from .experts import routers
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, stored_weight
 from .solvers import SOLVERS
@@ -109,9 +110,10 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     """Decide for every layer of ``model`` whether and how it is quantized.
 
     Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules
-    share, and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such
-    as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning. What a layer
-    gets of a mean number of bits is only known from data; until then it is that number, rounded up.
+    share, routers of experts, whatever of a model that also reads images or sound lies outside its text model, and
+    whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such as fused
+    experts that are not :func:`hf_guidedquant.experts.unfused`, are listed in ``skipped`` and logged as a warning. What
+    a layer gets of a mean number of bits is only known from data; until then it is that number, rounded up.
 
     Raises:
         ConfigError: An override or exclusion matches no module.
@@ -122,13 +124,14 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     skipped: dict[str, str] = {}
     unhandled: list[str] = []
     owners = _owners(model)
+    dense = dict.fromkeys(routers(model), "router") | dict.fromkeys(_outside_text(model), "outside the text model")
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
             weight_name = f"{name}.{key}" if name else key
-            reason = _skip_reason(name, module, parameter, owners, config, is_head=module is head)
+            reason = dense.get(name) or _skip_reason(name, module, parameter, owners, config, is_head=module is head)
             if reason is None:
                 settings = config.for_module(name)
                 settings["bits"] = math.ceil(settings["bits"])
@@ -140,7 +143,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             if reason.startswith("unsupported"):
                 unhandled.append(f"{weight_name} {list(parameter.shape)}")
     if unhandled:
-        logger.warning("These weights cannot be quantized and stay in full precision: %s.", listed(unhandled, 8))
+        logger.warning("Not quantized: %s. No method here can handle these weights.", listed(unhandled, 8))
     if not layers:
         raise NoLinearLayersError(
             f"{type(model).__name__} has no linear layer to quantize"
@@ -184,6 +187,19 @@ def _skip_reason(
     if shared:
         return f"weight is shared with {', '.join(shared)}"
     return None
+
+
+def _outside_text(model: Any) -> set[str]:
+    """Names of modules that calibration texts do not pass through, such as vision towers and what projects from them.
+
+    Output heads read what the text model gives, wherever they stand.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return set()
+    text, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {id(module) for part in (text, head) if part is not None for module in part.modules()}
+    return {name for name, module in model.named_modules() if id(module) not in inside}
 
 
 def _groups(out_features: int, num_groups: int) -> int:

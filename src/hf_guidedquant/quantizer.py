@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -14,6 +14,7 @@ from . import checkpoint, companions, pipeline
 from .calibration.kinds import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
+from .experts import DOWN, fuse_experts, fused_experts, unfuse, unfused_experts
 from .formats.lut import TensorSpec
 from .linears import is_linear, linear_shape, size_of
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
@@ -24,6 +25,8 @@ from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
+# More than any model has in all its blocks: building them as modules would take hours.
+_MOST_EXPERTS = 200_000
 _LUT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -64,6 +67,11 @@ class GuidedQuantizer(HfQuantizer):
         self.quantization_config: GuidedQuantConfig
         self._dense_bytes = 0
         self._waits_on_cpu = False
+        # Of experts that are linear layers here, the names of their tensors and of what those would be fused to; and
+        # the conversions that do that.
+        self._expert_tensors: list[str] = []
+        self._set_aside: list[Any] = []
+        self._has_experts = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -98,6 +106,7 @@ class GuidedQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._dense_bytes = size_of(model)
             return
+        self._expert_tensors = _unfuse_quantized(model, self.quantization_config)
         modules = _resolve_modules(model, self.quantization_config)
         for name, (bits, lut_dtype) in modules.items():
             old = model.get_submodule(name)
@@ -136,15 +145,31 @@ class GuidedQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         config = self.quantization_config
         prepare_layers(model, config.fuse_layers, config.cache_dequantized)
+        self._has_experts = bool(unfused_experts(model))
         _allow_adapters(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_model(model, dtype or model.dtype)
+        if unfused_experts(model):
+            fuse_experts(model)
+            # Fused again, they are saved the way that they are in the original's files.
+            if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+                model._weight_conversions = [*conversions, *self._set_aside]
+                self._set_aside = []
         return model
 
     def update_weight_conversions(self, weight_conversions: Any, *args: Any) -> Any:
-        """Our tensors are loaded as they are, so the model's own conversions need no changes."""
-        return weight_conversions
+        """Our tensors are loaded as they are, so what fuses those of experts is set aside."""
+        self._set_aside = [conversion for conversion in weight_conversions if self._catches_experts(conversion)]
+        return [conversion for conversion in weight_conversions if conversion not in self._set_aside]
+
+    def _catches_experts(self, conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        return any(
+            conversion.rename_source_key(name)[1] is not None or any(map(name.endswith, conversion.target_patterns))
+            for name in self._expert_tensors
+        )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -156,7 +181,8 @@ class GuidedQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        """Whether ``generate`` compiles a step by itself. Which experts run is the host's decision, token by token."""
+        return not self._has_experts
 
 
 def _allow_adapters(model: Any) -> None:
@@ -182,6 +208,23 @@ def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:
             device,
             free / 2**30,
         )
+
+
+def _unfuse_quantized(model: Any, config: GuidedQuantConfig) -> list[str]:
+    """Make experts linear layers if the config lists any of those; returns names of tensors, before and after."""
+    saved = {alias for name in config.modules for alias in _aliases(model, name)}
+    fused = fused_experts(model)
+    if not any(name.startswith(f"{experts}.") for experts in fused for name in saved):
+        return []
+    count = sum(len(experts.get_parameter(DOWN)) for experts in fused.values())
+    if count > _MOST_EXPERTS:
+        raise CheckpointError(f"config.json: the model has {count:,} experts; up to {_MOST_EXPERTS:,} are allowed.")
+    return [
+        f"{name}.{key}"
+        for name, fused in unfuse(model).items()
+        for experts in (fused, model.get_submodule(name))
+        for key in experts.state_dict()
+    ]
 
 
 def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[int, torch.dtype]]:

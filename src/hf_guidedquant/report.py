@@ -22,6 +22,8 @@ class LayerReport:
         scale: Mean diagonal of the Hessian before it was normalised (0 without data).
         damping, dead_inputs, fallback: What the Hessian needed; see ``solvers.hessian.Conditioning``.
         bad_rows: Calibration rows left out of this layer's statistics.
+        tokens: Calibration tokens that its statistics are of; of an expert, those routed to it (0 without data).
+        borrowed_tokens: Of an expert with fewer tokens than inputs: average tokens of all experts, added to its own.
         lut_dtype: Dtype of the stored codebook.
     """
 
@@ -32,6 +34,8 @@ class LayerReport:
     dead_inputs: int = 0
     fallback: str | None = None
     bad_rows: int = 0
+    tokens: int = 0
+    borrowed_tokens: int = 0
     lut_dtype: str = "float16"
 
     def settings(self, config: GuidedQuantConfig) -> dict[str, Any]:
@@ -122,6 +126,8 @@ _REPAIRS = {
     "damped Hessians": lambda layer: layer.damping > 0,
     "no usable Hessian": lambda layer: layer.fallback is not None,
     "calibration rows left out": lambda layer: layer.bad_rows > 0,
+    "fewer tokens than inputs (experts)": lambda layer: layer.borrowed_tokens > 0,
+    "no tokens at all (experts)": lambda layer: layer.borrowed_tokens > 0 and layer.tokens == 0,
 }
 
 

@@ -47,6 +47,8 @@ _FACTS: dict[str, Any] = {
     "dead_inputs": int,
     "fallback": str | None,
     "bad_rows": int,
+    "tokens": int,
+    "borrowed_tokens": int,
     "lut_dtype": str,
 }
 

@@ -124,7 +124,7 @@ def _solve_batch(
     grouped = weights[0] if len(weights) == 1 else torch.cat(weights)  # [layers * g, R, K]
     del weights
     notes = [Conditioning(grouped.new_zeros(groups)) for _ in batch]
-    bad_rows = [0] * len(batch)
+    bad_rows, tokens, borrowed = ([0] * len(batch) for _ in range(3))
     parts = []
     for index, layer in enumerate(batch):
         # One at a time, for they are large.
@@ -132,7 +132,8 @@ def _solve_batch(
         if found is not None:
             conditioned, notes[index] = condition(found.hessian.to(device), layer.name)
             parts.append(conditioned)
-            bad_rows[index] = int(found.bad_rows)
+            bad_rows[index], tokens[index] = int(found.bad_rows), int(found.tokens)
+            borrowed[index] = found.borrowed
             del found, conditioned
     stacked = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
     parts.clear()
@@ -164,6 +165,8 @@ def _solve_batch(
             dead_inputs=notes[index].dead_inputs,
             fallback=notes[index].fallback,
             bad_rows=bad_rows[index],
+            tokens=tokens[index],
+            borrowed_tokens=borrowed[index],
             lut_dtype=str(spec.codebook_dtype).removeprefix("torch."),
         )
         if report.fallback:

@@ -4,6 +4,7 @@ from .collector import LayerStatistics
 from .outline import Outline, outline
 from .passage import Passage, Shelf
 from .relay import Relay
+from .routing import lend, with_fellows
 from .rows import Calibration, load_rows
 from .segments import Footprint, Segment, divide, gather, outline_for, place_for, relay_for
 from .store import StatisticsStore, open_statistics
@@ -20,10 +21,12 @@ __all__ = [
     "StatisticsStore",
     "divide",
     "gather",
+    "lend",
     "load_rows",
     "open_statistics",
     "outline",
     "outline_for",
     "place_for",
     "relay_for",
+    "with_fellows",
 ]

@@ -43,18 +43,23 @@ class LayerStatistics:
     Attributes:
         hessian: fp32, ``[g, K, K]``, or its diagonal ``[g, K]``. The sum over tokens, not normalised.
         bad_rows: Rows left out because this layer, or the loss, was NaN or infinite (int64 scalar, on device).
+        tokens: Tokens that it is the sum of (the same).
         diagonal: fp32 ``[g, K]``: the diagonal of a full Hessian once more, added up the way it is where only the
             diagonal is needed, which rounds differently. None unless the statistics are to be kept for any method.
+        borrowed: Average tokens of other experts that were added to an expert's Hessian (see ``routing.lend``).
     """
 
     hessian: Tensor
     bad_rows: Tensor
+    tokens: Tensor
     diagonal: Tensor | None = None
+    borrowed: int = 0
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], device: torch.device, for_any_method: bool = False) -> "LayerStatistics":
         """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
-        statistics = cls(torch.zeros(shape, device=device), torch.zeros((), dtype=torch.int64, device=device))
+        bad_rows, tokens = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+        statistics = cls(torch.zeros(shape, device=device), bad_rows, tokens)
         if for_any_method and len(shape) == 3:
             statistics.diagonal = torch.zeros(shape[:2], device=device)
         return statistics
@@ -74,6 +79,7 @@ class LayerStatistics:
             weights = weights.to(device)
             good = good & torch.isfinite(weights).all()
         self.bad_rows += ~good
+        self.tokens += good * len(x)
         # Selections on the device instead of a branch on the host: a bad row contributes exact zeros.
         x = torch.where(good, x, 0.0)
         roots = None if weights is None else torch.where(good, weights, 0.0).sqrt()
@@ -90,7 +96,7 @@ class LayerStatistics:
 
     def add_up(self, workers: Workers) -> None:
         """Finish: the sum of what all processes have, and of symmetric matrices both halves."""
-        for tensor in (self.hessian, self.bad_rows, self.diagonal):
+        for tensor in (self.hessian, self.bad_rows, self.tokens, self.diagonal):
             if tensor is not None:
                 workers.add_up(tensor)
         if self.hessian.dim() == 3:

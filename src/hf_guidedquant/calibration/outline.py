@@ -47,6 +47,7 @@ class Outline:
         twins: Linear module -> an earlier one that reads the very same activations, as q, k and v do. Only without a
             backward pass: where no gradient weighs the tokens, their Hessians are the same too.
         tokens: Length of the row.
+        reads: Linear module -> tokens of the row that it reads; of an expert, if all experts read as many.
         before: Bytes that are there when the first block starts.
         border: Bytes of the hidden states that enter a block.
         kept: Bytes that stay from each block's forward pass until its backward pass.
@@ -61,6 +62,7 @@ class Outline:
     places: dict[str, int] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
+    reads: dict[str, int] = field(default_factory=dict)
     before: int = 0
     border: int = 0
     kept: tuple[int, ...] = ()
@@ -225,6 +227,7 @@ class _Watch:
         self._blocks: list[_Block] = []
         self._places: dict[str, int] = {}
         self._twins: dict[str, str] = {}
+        self._reads_of: dict[str, int] = {}
         # Activations that linear modules have read, and in which state.
         self._read: list[tuple[weakref.ref[Tensor], int, str]] = []
         self._after = 0
@@ -247,8 +250,10 @@ class _Watch:
     def _runs(self, name: str) -> Callable[..., None]:
         def runs(module: nn.Module, args: tuple) -> None:
             self._places[name] = max(0, len(self._blocks) - 1)
-            if not self._guided and is_linear(module):
-                self._reads(name, args[0])
+            if is_linear(module):
+                self._reads_of[name] = args[0].shape[:-1].numel()
+                if not self._guided:
+                    self._reads(name, args[0])
 
         return runs
 
@@ -294,14 +299,14 @@ class _Watch:
         rest = self.memory.peak()
         blocks = self._blocks
         if not blocks:
-            return Outline(tokens=self._tokens, after=rest, work=tuple(self.memory.work))
+            return Outline(tokens=self._tokens, reads=self._reads_of, after=rest, work=tuple(self.memory.work))
         if self._guided:
             blocks[0].backward = rest
         else:
             self._after = rest
         if not self._apart:
             highest = max(rest, self._after, *(max(b.before, b.forward, b.backward) for b in blocks))
-            return Outline(tokens=self._tokens, after=highest, work=tuple(self.memory.work))
+            return Outline(tokens=self._tokens, reads=self._reads_of, after=highest, work=tuple(self.memory.work))
         ends = [block.start for block in blocks[1:]] + [blocks[-1].end]
         return Outline(
             blocks=tuple(block.name for block in blocks),
@@ -309,6 +314,7 @@ class _Watch:
             places=self._places,
             twins=self._twins,
             tokens=self._tokens,
+            reads=self._reads_of,
             before=blocks[0].start,
             border=max(block.states for block in blocks),
             kept=tuple(end - block.start for block, end in zip(blocks, ends, strict=True)),

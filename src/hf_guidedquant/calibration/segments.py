@@ -88,7 +88,8 @@ class Footprint:
                 self._hessians[number][device] += layer.statistics_bytes
             self._kinds[number][device, replace(layer, name="")] += 1
             # A layer's activations, scaled, and whether they are finite.
-            self._taps[number] = max(self._taps[number], 8 * drawn.tokens * layer.in_features)
+            tokens = drawn.reads.get(layer.name, drawn.tokens)
+            self._taps[number] = max(self._taps[number], 8 * tokens * layer.in_features)
 
     def hessians(self, start: int, stop: int) -> Counter[torch.device]:
         """Bytes of the blocks' Hessians."""
@@ -292,8 +293,8 @@ def gather(
         if name not in found:
             found[name] = empty(name)
         kept = found[name]
-        workers.hand_over(kept.hessian, 0)
-        workers.hand_over(kept.bad_rows, 0)
+        for tensor in (kept.hessian, kept.bad_rows, kept.tokens):
+            workers.hand_over(tensor, 0)
     missing = {name: layer for name, layer in wanted.items() if name not in found}
     collected = {name: empty(name) for name, layer in missing.items() if not _has_twin(layer, missing, relay.outline)}
     if collected:

@@ -1,8 +1,8 @@
 """Statistics that are kept (``statistics=``): one calibration serves runs with other bits, other methods, and restarts.
 
 statistics/statistics.json   which model and data they are of
-statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, and ``hessian [g, K, K]`` once a
-                             method has needed it, all fp32 but the count
+statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, ``tokens``, and ``hessian
+                             [g, K, K]`` once a method has needed it, all fp32 but the counts
 """
 
 import logging
@@ -85,16 +85,16 @@ class StatisticsStore:
     def load(self, layer: LayerPlan, device: torch.device) -> LayerStatistics | None:
         """What the layer's method needs, on ``device``; None if it is not there, and then the folder is locked."""
         tensors, _ = self._folder.load(layer.name) or ({}, None)
-        statistics, bad_rows = tensors.get(layer.statistics), tensors.get("bad_rows")
-        if (
-            statistics is None
-            or bad_rows is None
-            or (statistics.shape, statistics.dtype) != (layer.statistics_shape, torch.float32)
-            or (bad_rows.shape, bad_rows.dtype) != ((), torch.int64)
-        ):
+        expected = {
+            layer.statistics: (layer.statistics_shape, torch.float32),
+            "bad_rows": ((), torch.int64),
+            "tokens": ((), torch.int64),
+        }
+        if any(name not in tensors or (tensors[name].shape, tensors[name].dtype) != e for name, e in expected.items()):
             self._lock()
             return None
-        return LayerStatistics(statistics.to(device), bad_rows.to(device))
+        statistics, bad_rows, tokens = (tensors[name].to(device) for name in expected)
+        return LayerStatistics(statistics, bad_rows, tokens)
 
     def save(self, name: str, statistics: LayerStatistics) -> None:
         """Keep a layer's statistics.
@@ -104,7 +104,7 @@ class StatisticsStore:
         """
         if not self._writable:
             return
-        tensors = {"bad_rows": statistics.bad_rows}
+        tensors = {"bad_rows": statistics.bad_rows, "tokens": statistics.tokens}
         if statistics.diagonal is None:
             tensors["diagonal"] = statistics.hessian
         else:

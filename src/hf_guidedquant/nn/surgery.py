@@ -1,26 +1,19 @@
 """Put quantized layers in a model where linear ones are, and back."""
 
 import torch
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 
+from ..linears import swap_module
 from .fusion import fuse
 from .guided_linear import GuidedLinear
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``name`` is; accelerate's hooks, which place activations on devices, move along."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    old = getattr(parent, child)
-    hook = getattr(old, "_hf_hook", None)
+    """Put ``new`` where ``name`` is, and undo the fusion of a quantized layer that was there."""
+    old = model.get_submodule(name)
     if isinstance(old, GuidedLinear) and old.fusion is not None:
         old.fusion.dissolve()
-    new.train(old.training)
-    if hook is not None:
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
-    setattr(parent, child, new)
+    swap_module(model, name, new)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, GuidedLinear]:

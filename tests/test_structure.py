@@ -49,6 +49,7 @@ ROOMS = [
     "inspection",
     "weights",
     "importer",
+    "commands",
     "cli",
     "__main__",
 ]

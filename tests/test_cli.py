@@ -27,7 +27,7 @@ from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
-COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]
+COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "report", "chat"]
 QUICK = ["--method", "squeezellm", "--num-samples", "4", "--seq-len", "32"]
 
 
@@ -89,7 +89,7 @@ def test_help_names_every_command():
     ] == COMMANDS
 
 
-@pytest.mark.parametrize("command", [None, "convert", "evaluate", "inspect", "chat"])
+@pytest.mark.parametrize("command", [None, "convert", "evaluate", "inspect", "report", "chat"])
 def test_help_does_not_wait_for_torch(command):
     arguments = ["--help"] if command is None else [command, "--help"]
     done = run(*arguments, program=("-X", "importtime", "-m", "hf_guidedquant"))
@@ -155,7 +155,7 @@ def test_a_dataset_of_the_hub_is_json():
 @pytest.mark.parametrize("command", ["plan", "quantize"])
 def test_every_setting_is_explained(command, capsys):
     page = help_of(capsys, command)
-    assert "Bits per weight, 1-8. (default: 4)" in page
+    assert "Bits per weight, 1-8; " in page and "(default: 4)" in page
     for line, after in zip(page.splitlines(), page.splitlines()[1:], strict=False):
         if line.startswith("  --"):
             assert len(line.split("  ")) > 2 or after.startswith(" " * 20), line

@@ -36,6 +36,7 @@ ROOMS = [
     "checkpoint",
     "report",
     "pictures",
+    "page",
     "evaluate",
     "card",
     "checksums",

@@ -30,10 +30,14 @@ _QUANTIZE_FIELDS = (
     "run_dir",
     "statistics",
 )
-# What the class takes, but a command line cannot be given, is left out.
+# Without what the class takes but a command line cannot be given, and in a sentence what would need two.
 _TEXTS = {
+    "bits": "Bits per weight, 1-8; a number with a point, like 2.5, is a mean that layers share out by the end loss.",
+    "max_memory": "GiB that may be in use on every device, weights included (default: what is free).",
+    "device": 'Where to compute, e.g. "cuda:1" or "cpu", if the weights lie in the CPU\'s memory (default: the first '
+    "GPU, if there is one).",
     "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or any dataset '
-    """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'."""
+    """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'.""",
 }
 # The library's own, which are not imported for the help: the context of perplexity, the usual tasks.
 _CONTEXT = 2048
@@ -87,7 +91,12 @@ class _Command(argparse.ArgumentParser):
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(program, description="2-4 bit language models for Hugging Face Transformers.")
+    parser = argparse.ArgumentParser(
+        program,
+        description="2-4 bit language models for Hugging Face Transformers.",
+        epilog=f"{program} COMMAND --help explains a command, with an example. To begin with: quantize, then chat.",
+    )
+    parser.add_argument("--version", action="version", version=sys.modules[__package__].__version__)
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True, parser_class=_Command)
     for name, (about, example, learn) in _COMMANDS.items():
         commands.add_parser(
@@ -156,6 +165,11 @@ def _inspecting(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _reporting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of a model that was quantized here")
+    parser.add_argument("--out", metavar="FILE", help="where to write it (default: report.html in that folder)")
+
+
 def _chatting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="name or folder of a model, quantized or not")
     parser.add_argument(
@@ -187,7 +201,10 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
     known = {field.name: field for field in fields(GuidedQuantConfig)}
     documented = re.findall(r"^    (\w+): (.+(?:\n     +.+)*)", introspection.getdoc(GuidedQuantConfig) or "", re.M)
     sentences = {name: re.split(r"(?<=\.)(?<!e\.g\.)\s+", text)[0] for name, text in documented} | _TEXTS
-    about = "Values of several settings at once; settings that are given count instead."
+    about = (
+        "Several settings at once: fast (no guidance, few rows), paper (guided, as published) or best (also trained "
+    )
+    about += "afterwards). Settings given beside it count instead."
     parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS, help=about)
     for name in names:
         field = known[name]
@@ -243,6 +260,11 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         "Say what a saved model is, and check names, shapes and dtypes in its files. No weight is loaded.",
         "SmolLM2-3bit --verify",
         _inspecting,
+    ),
+    "report": (
+        "Write what a run did as a page for a browser: sizes, errors of all layers, training, times.",
+        "SmolLM2-3bit",
+        _reporting,
     ),
     "chat": ("Talk to a model. /exit, or the end of the input, ends it.", "SmolLM2-3bit", _chatting),
 }

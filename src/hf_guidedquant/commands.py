@@ -28,6 +28,7 @@ from .forecast import plan
 from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
+from .page import write_page
 
 # What --speed reads before it generates: the beginning of the built-in text.
 _PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
@@ -114,6 +115,11 @@ def _inspect(options: argparse.Namespace) -> None:
     _show(options, inspection.to_dict(), inspection.table())
 
 
+def _report(options: argparse.Namespace) -> None:
+    """Write the report of a saved model as a page."""
+    _write(f"Written to {write_page(options.folder, options.out)}.\n")
+
+
 def _chat(options: argparse.Namespace) -> None:
     """Answer every line of the input, with all that was said before in view."""
     tokenizer = _tokenizer(options.model)
@@ -173,5 +179,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "convert": _convert,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "report": _report,
     "chat": _chat,
 }

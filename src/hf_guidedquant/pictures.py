@@ -1,19 +1,17 @@
 """Pictures of a quantized model, as figures of matplotlib (the extra ``pictures``)."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .calibration.collector import end_loss, gradients_of_activations_only, input_device
-from .errors import CheckpointError, EvaluationError, HessianError, PackageMissingError
+from .errors import EvaluationError, HessianError, PackageMissingError
 from .linears import is_linear, linear_shape
-from .report import REPORT_FILE, Report
+from .report import Report, load_report
 from .running import checkpointed, evaluating
 
 # Quantile of the entries' sizes at which the colours of a Fisher matrix end: a few are far larger than all others.
@@ -203,10 +201,11 @@ def objectives(source: Report | str | os.PathLike) -> tuple[list[str], list[str]
     Raises:
         CheckpointError: The folder holds no report.
     """
+    report = source if isinstance(source, Report) else load_report(source)
     cells = {
-        (stage, *_place(layer["name"])): value
-        for layer in _layers(source)
-        for stage, value in layer["objectives"].items()
+        (stage, *place_of(layer.plan.name)): value
+        for layer in report.layers
+        for stage, value in layer.objectives.items()
     }
     stages, blocks, modules = ([*dict.fromkeys(key[i] for key in cells)] for i in range(3))
     table = {
@@ -219,17 +218,7 @@ def objectives(source: Report | str | os.PathLike) -> tuple[list[str], list[str]
     return modules, blocks, table
 
 
-def _layers(source: Report | str | os.PathLike) -> list[dict[str, Any]]:
-    if isinstance(source, Report):
-        return source.to_dict()["layers"]
-    file = Path(source) / REPORT_FILE
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["layers"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} is no readable report of a quantization: {error}") from error
-
-
-def _place(name: str) -> tuple[str, str]:
+def place_of(name: str) -> tuple[str, str]:
     """Block and module of a layer: ``model.layers.3.mlp.up_proj`` is ``mlp.up_proj`` in block 3."""
     found = re.search(r"\.(\d+)\.(.+)", name)
     return (found[1], found[2]) if found else ("", name)

@@ -89,6 +89,10 @@ def test_help_names_every_command():
     ] == COMMANDS
 
 
+def test_version():
+    assert run("--version").stdout == hf_guidedquant.__version__ + "\n"
+
+
 @pytest.mark.parametrize("command", [None, "convert", "evaluate", "inspect", "report", "chat"])
 def test_help_does_not_wait_for_torch(command):
     arguments = ["--help"] if command is None else [command, "--help"]

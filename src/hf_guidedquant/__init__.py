@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 _ON_THE_WAY = _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__
 
 if _TYPE_CHECKING or not _ON_THE_WAY:
-    from . import errors, evaluate
+    from . import errors, evaluate, page, pictures
     from .checkpoint import save
     from .config import GuidedQuantConfig
     from .decoding import GraphedDecode, graphed_decode
@@ -37,6 +37,8 @@ __all__ = [
     "evaluate",
     "fuse",
     "graphed_decode",
+    "page",
+    "pictures",
     "plan",
     "quantize",
     "register",

@@ -36,6 +36,7 @@ _TEXTS = {
     "max_memory": "GiB that may be in use on every device, weights included (default: what is free).",
     "device": 'Where to compute, e.g. "cuda:1" or "cpu", if the weights lie in the CPU\'s memory (default: the first '
     "GPU, if there is one).",
+    "statistics": "A folder that keeps the Hessians, so that other bits or methods need no pass over the same data.",
     "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or any dataset '
     """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'.""",
 }

@@ -300,6 +300,16 @@ def test_a_run_leaves_its_page_in_its_folder(tmp_path, caplog):
     ]
 
 
+def test_a_link_in_place_of_the_page_is_not_written_through(report, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("somebody's")
+    folder = saved(report, tmp_path / "m")
+    (folder / "report.html").symlink_to(victim)
+    assert write_page(folder).read_text(encoding="utf-8") == report_page(report)
+    assert victim.read_text() == "somebody's"
+    assert {file.name for file in folder.iterdir()} == {"report.html", REPORT_FILE}
+
+
 def browse(file, folder):
     """The page as a browser leaves it, what its console said, and what the page asked the network for."""
     log = folder / "net.json"

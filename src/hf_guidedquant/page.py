@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .errors import CheckpointError, printable
@@ -44,7 +45,12 @@ def write_page(source: Report | str | os.PathLike, file: str | os.PathLike | Non
     """
     folder = Path() if isinstance(source, Report) else Path(source)
     target = folder / PAGE_FILE if file is None else Path(file)
-    target.write_text(report_page(source), encoding="utf-8")
+    text = report_page(source)
+    # All at once, and never through a link that somebody has put there.
+    with TemporaryDirectory(prefix=".report-", dir=target.parent) as temporary:
+        written = Path(temporary) / target.name
+        written.write_text(text, encoding="utf-8")
+        written.replace(target)
     return target
 
 

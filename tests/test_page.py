@@ -18,10 +18,11 @@ import pytest
 from conftest import tiny_model, token_rows
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, page
+from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.cli import main
 from hf_guidedquant.errors import CheckpointError
 from hf_guidedquant.page import report_page, write_page
+from hf_guidedquant.page.drawings import grid_of
 from hf_guidedquant.report import REPORT_FILE, load_report
 from hf_guidedquant.training import BlockReport, DistillReport, ReconstructReport
 
@@ -129,7 +130,7 @@ def test_experts_are_one_line_with_their_mean(report):
         replace(layer, plan=replace(layer.plan, name=f"model.layers.0.mlp.experts.{n}.up_proj"), objectives={"lnq": n})
         for n in (1, 3)
     ]
-    assert page._grid({x.plan.name: x.objectives["lnq"] for x in layers}) == {("mlp.experts.*.up_proj", "0"): 2.0}
+    assert grid_of({x.plan.name: x.objectives["lnq"] for x in layers}) == {("mlp.experts.*.up_proj", "0"): 2.0}
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])

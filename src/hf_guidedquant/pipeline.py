@@ -151,7 +151,7 @@ def _leave_page(summary: Report, file: Path) -> None:
     try:
         write_page(summary, file)
         logger.info("What was done to every layer: %s", file)
-    except OSError as error:
+    except (OSError, ValueError, LookupError, ArithmeticError) as error:
         logger.warning("%s cannot be written: %s", file, error)
 
 

@@ -1,5 +1,6 @@
 """The command line: what its commands print, and its exit codes."""
 
+import inspect as inspect_module
 import io
 import json
 import os
@@ -17,15 +18,16 @@ from tokenizer import texts, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, cli
+from hf_guidedquant import GuidedQuantConfig, cli, commands
 from hf_guidedquant.checksums import write_checksums
 from hf_guidedquant.cli import main
+from hf_guidedquant.commands import config_of
 from hf_guidedquant.evaluate import TASKS, compare, perplexity
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
-COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "chat"]
+COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "report", "chat"]
 QUICK = ["--method", "squeezellm", "--num-samples", "4", "--seq-len", "32"]
 
 
@@ -87,11 +89,39 @@ def test_help_names_every_command():
     ] == COMMANDS
 
 
+def test_version():
+    assert run("--version").stdout == hf_guidedquant.__version__ + "\n"
+
+
+@pytest.mark.parametrize("command", [None, "convert", "evaluate", "inspect", "report", "chat"])
+def test_help_does_not_wait_for_torch(command):
+    arguments = ["--help"] if command is None else [command, "--help"]
+    done = run(*arguments, program=("-X", "importtime", "-m", "hf_guidedquant"))
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and "hf_guidedquant.cli" in imported
+    assert not {"torch", "transformers", "accelerate"} & imported
+
+
+def test_only_our_own_command_line_puts_registration_off():
+    code = (
+        "import sys; sys.argv = ['-m', 'x']; import hf_guidedquant; sys.exit(not hasattr(hf_guidedquant, 'quantize'))"
+    )
+    assert run(program=("-c", code)).returncode == 0
+
+
+def test_defaults_in_the_help_are_the_librarys():
+    options = cli._parser("").parse_args(["evaluate", "MODEL", "--tasks"])
+    assert options.context == inspect_module.signature(perplexity).parameters["context"].default
+    assert options.tasks == list(TASKS)
+    assert cli._COMMANDS.keys() == commands.COMMANDS.keys()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_example_of_the_help_is_valid(command, capsys):
     example = help_of(capsys, command).partition("example:\n")[2].split()
     assert example[:4] == ["python", "-m", "hf_guidedquant", command]
-    assert cli._parser("").parse_args(example[3:]).run is getattr(cli, f"_{command}")
+    assert cli._parser("").parse_args(example[3:]).command == command
 
 
 @pytest.mark.parametrize("command", ["plan", "quantize"])
@@ -100,11 +130,11 @@ def test_settings_are_those_of_the_config(command):
     options = cli._parser("").parse_args(arguments)
     names = getattr(cli, f"_{command.upper()}_FIELDS")
     assert {"bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device"} <= set(names)
-    assert cli._config(options, names) == GuidedQuantConfig()
+    assert config_of(options) == GuidedQuantConfig()
     options = cli._parser("").parse_args([*arguments, "--preset", "paper"])
-    assert cli._config(options, names) == GuidedQuantConfig(preset="paper") != GuidedQuantConfig()
+    assert config_of(options) == GuidedQuantConfig(preset="paper") != GuidedQuantConfig()
     options = cli._parser("").parse_args([*arguments, "--preset", "paper", "--num-groups", "1"])
-    assert cli._config(options, names) == GuidedQuantConfig(preset="paper", num_groups=1)
+    assert config_of(options) == GuidedQuantConfig(preset="paper", num_groups=1)
 
 
 def test_settings_reach_the_config():
@@ -119,7 +149,7 @@ def test_settings_reach_the_config():
 def test_a_dataset_of_the_hub_is_json():
     given = ["--dataset", '{"name": "me/chats", "split": "test"}', "--assistant-only-loss"]
     options = cli._parser("").parse_args(["quantize", "MODEL", "OUT", *given])
-    config = cli._config(options, cli._QUANTIZE_FIELDS)
+    config = config_of(options)
     assert config.dataset == {"name": "me/chats", "split": "test"}
     assert config.assistant_only_loss is True
     with pytest.raises(SystemExit):
@@ -129,7 +159,7 @@ def test_a_dataset_of_the_hub_is_json():
 @pytest.mark.parametrize("command", ["plan", "quantize"])
 def test_every_setting_is_explained(command, capsys):
     page = help_of(capsys, command)
-    assert "Bits per weight, 1-8. (default: 4)" in page
+    assert "Bits per weight, 1-8; " in page and "(default: 4)" in page
     for line, after in zip(page.splitlines(), page.splitlines()[1:], strict=False):
         if line.startswith("  --"):
             assert len(line.split("  ")) > 2 or after.startswith(" " * 20), line
@@ -238,8 +268,8 @@ def test_evaluate_measures_speed(capsys, quantized):
 
 def test_evaluate_runs_tasks(capsys, monkeypatch, quantized):
     seen = []
-    monkeypatch.setattr(cli, "check_tasks", lambda tasks: None)
-    monkeypatch.setattr(cli, "run_tasks", lambda model, tokenizer, tasks: seen.append(tasks) or RESULTS)
+    monkeypatch.setattr(commands, "check_tasks", lambda tasks: None)
+    monkeypatch.setattr(commands, "run_tasks", lambda model, tokenizer, tasks: seen.append(tasks) or RESULTS)
     told = json.loads(printed(capsys, "evaluate", quantized, "--tasks", "--json"))
     assert told["models"][0]["tasks"] == RESULTS
     header, row = printed(capsys, "evaluate", quantized, "--tasks", "piqa,other").splitlines()
@@ -410,7 +440,7 @@ def test_chat(capsys, monkeypatch, quantized, template, end):
     tokenizer = AutoTokenizer.from_pretrained(quantized)
     tokenizer.chat_template = template
     recorder = Recorder(tokenizer)
-    monkeypatch.setattr(cli, "_tokenizer", lambda model: tokenizer)
+    monkeypatch.setattr(commands, "_tokenizer", lambda model: tokenizer)
     monkeypatch.setattr(GenerationMixin, "generate", lambda model, **options: recorder(model, **options))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"word1\n\n word2 \n{end}"))
     assert printed(capsys, "chat", quantized, "--max-new-tokens", "7").split() == ["word8", "word9"] * 2
@@ -474,7 +504,7 @@ def test_ctrl_c_is_130(monkeypatch, dense):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "plan", interrupted)
+    monkeypatch.setattr(commands, "plan", interrupted)
     assert main(["plan", dense]) == 130
 
 

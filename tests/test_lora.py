@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_model, token_rows
-from test_docs import SNIPPETS
+from test_docs import snippets
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_guidedquant
@@ -312,8 +312,8 @@ def test_the_trainer_trains_adapters(own, dtype, tmp_path):
     assert_same(base_tensors(model), before)
 
 
-def test_the_readme_trains_and_loads_an_adapter(tmp_path, monkeypatch):
-    snippet = next(snippet for snippet in SNIPPETS if "get_peft_model" in snippet)
+def test_the_recipe_trains_and_loads_an_adapter(tmp_path, monkeypatch):
+    snippet = next(snippet for snippet in snippets("docs/recipes.md") if "get_peft_model" in snippet)
     monkeypatch.chdir(tmp_path)
     quantized().save_pretrained("SmolLM2-3bit")
     names = {}

@@ -39,6 +39,7 @@ ROOMS = [
     "checkpoint",
     "report",
     "pictures",
+    "page",
     "evaluate",
     "card",
     "checksums",
@@ -52,6 +53,7 @@ ROOMS = [
     "inspection",
     "weights",
     "importer",
+    "commands",
     "cli",
     "__main__",
 ]

@@ -5,16 +5,25 @@ and load what was quantized with it.
 """
 
 import logging as _logging
+import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from . import errors, evaluate
-from .checkpoint import save
-from .config import GuidedQuantConfig
-from .decoding import GraphedDecode, graphed_decode
-from .forecast import plan
-from .importer import convert
-from .nn import GuidedLinear, cache_dequantized, fuse, unfuse
-from .quantizer import GuidedQuantizer, quantize, register
-from .triton_kernels import set_backend
+# `python -m hf_guidedquant` comes by here on its way to the command line, whose help should not wait for torch. As long
+# as it does, argv[0] is "-m"; a command that needs the package loads this file again.
+_ON_THE_WAY = _sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__
+
+if _TYPE_CHECKING or not _ON_THE_WAY:
+    from . import errors, evaluate, page, pictures
+    from .checkpoint import save
+    from .config import GuidedQuantConfig
+    from .decoding import GraphedDecode, graphed_decode
+    from .forecast import plan
+    from .importer import convert
+    from .nn import GuidedLinear, cache_dequantized, fuse, unfuse
+    from .quantizer import GuidedQuantizer, quantize, register
+    from .triton_kernels import set_backend
+
+    register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +37,8 @@ __all__ = [
     "evaluate",
     "fuse",
     "graphed_decode",
+    "page",
+    "pictures",
     "plan",
     "quantize",
     "register",
@@ -35,8 +46,6 @@ __all__ = [
     "set_backend",
     "unfuse",
 ]
-
-register()
 
 
 class _Handler(_logging.StreamHandler):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import size_of, stored_weight, tensors_of
 from .nn import GuidedLinear, quantized_modules, replace_module
+from .page import PAGE_FILE, write_page
 from .plan import LayerPlan, Plan, plan_layers
 from .report import Report
 from .resources import free_memory, reproducible
@@ -149,7 +151,18 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
             summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
+        if config.run_dir is not None:
+            _leave_page(summary, Path(config.run_dir) / PAGE_FILE)
     return summary
+
+
+def _leave_page(summary: Report, file: Path) -> None:
+    """Show the run in its folder. A model is not lost because a page about it cannot be written."""
+    try:
+        write_page(summary, file)
+        logger.info("What was done to every layer: %s", file)
+    except (OSError, ValueError, LookupError, ArithmeticError) as error:
+        logger.warning("%s cannot be written: %s", file, error)
 
 
 @contextmanager

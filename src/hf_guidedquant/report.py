@@ -2,10 +2,14 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .config import GuidedQuantConfig
+from .errors import CheckpointError
 from .plan import LayerPlan, Plan
 from .training import DistillReport, ReconstructReport
 
@@ -119,6 +123,52 @@ class Report:
             lines.append(f"distilled: {self.distillation.describe()}")
         lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         return "\n".join(lines)
+
+
+def load_report(folder: str | os.PathLike) -> Report:
+    """The report of the run that made the model saved in ``folder``. Anybody may have written it, so types are checked.
+
+    Raises:
+        CheckpointError: There is none, or it is not readable.
+    """
+    file = Path(folder) / REPORT_FILE
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        layers = [_read(LayerReport, entry, plan=_read(LayerPlan, entry)) for entry in told["layers"]]
+        report: Report = _read(Report, told, layers=layers)
+        report.table()  # what cannot be told is not readable either
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise CheckpointError(f"{file} is no readable report of a quantization: {error}") from error
+    return report
+
+
+def _read(cls: Any, told: Mapping[str, Any], **given: Any) -> Any:
+    """A dataclass from JSON. Keys that it does not have are passed over: they are another version's."""
+    kinds = get_type_hints(cls)
+    known = [f.name for f in fields(cls) if f.name in told and f.name not in given]
+    return cls(**{name: _typed(told[name], kinds[name]) for name in known}, **given)
+
+
+def _typed(value: Any, kind: Any) -> Any:
+    """A value from JSON as what an annotation says.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    origin, of = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _read(kind, value)
+    if origin is UnionType:
+        return None if value is None and NoneType in of else _typed(value, of[0])
+    if origin is dict:
+        return {key: _typed(entry, of[1]) for key, entry in value.items()}
+    if origin is tuple:
+        return tuple(_typed(entry, of[0]) for entry in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is not Any and type(value) is not kind:
+        raise TypeError(f"{value!r:.50} is not of type {kind.__name__}")
+    return value
 
 
 _REPAIRS = {

@@ -152,7 +152,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _summed(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    at_least_fp32 = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(at_least_fp32, targets, reduction="sum")
 
 
 def check_bad_rows(bad_losses: int, statistics: Mapping[str, LayerStatistics], rows: int) -> None:

@@ -13,7 +13,7 @@ class GuidedQuantCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        commands = "plan, quantize, convert, evaluate, inspect or chat"
+        commands = "plan, quantize, convert, evaluate, inspect, report or chat"
         parser.add_argument("command", help=f"{commands}; COMMAND --help explains it")
         parser.add_argument("arguments", nargs=REMAINDER, help="what the command takes")
 

@@ -1,0 +1,196 @@
+"""The commands of the command line: what each of them does with its options."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TextStreamer
+
+from .auto import auto_class, pipeline_task
+from .calibration.kinds import builtin_text
+from .checkpoint import check_output_folder, save
+from .config import GuidedQuantConfig
+from .errors import TokenizerMissingError
+from .evaluate import (
+    Measurement,
+    check_tasks,
+    compare,
+    comparison_table,
+    decode_speed,
+    perplexity,
+    run_tasks,
+    token_ids,
+)
+from .forecast import plan
+from .importer import convert
+from .inspection import inspect
+from .nn import cache_dequantized
+from .page import write_page
+
+# What --speed reads before it generates: the beginning of the built-in text.
+_PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
+
+
+def _plan(options: argparse.Namespace) -> None:
+    """The forecast, from the model's config alone."""
+    forecast = plan(options.model, config_of(options), probe=options.probe)
+    _show(options, {**asdict(forecast), "bits_per_weight": forecast.bits_per_weight}, forecast.table())
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    """Quantize a model and save it; the output folder is checked before anything takes time."""
+    check_output_folder(options.out)
+    config = config_of(options)
+    tokenizer = _tokenizer(options.model)
+    model_config = AutoConfig.from_pretrained(options.model)
+    processor = _processor(options.model, tokenizer) if "image" in pipeline_task(model_config) else tokenizer
+    model: Any = auto_class(model_config).from_pretrained(
+        options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
+    )
+    folder = save(model, options.out, processor)
+    if options.push_to_hub:
+        model.push_to_hub(options.push_to_hub)
+        processor.push_to_hub(options.push_to_hub)
+    # Without --json the log has shown the report.
+    _show(options, model.quantization_report.to_dict(), f"Saved in {folder}.")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    """Convert a published checkpoint, and say what it has become."""
+    folder = convert(options.source, options.out, options.bits, revision=options.revision)
+    inspection = inspect(folder)
+    _show(options, inspection.to_dict(), f"{inspection.table()}\nSaved in {folder}.")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    """Measure one model after the other; the original, if there is one, comes first in the table."""
+    if not (options.text or options.tasks or options.speed):
+        options.wrong("nothing to measure: give --text, --speed or --tasks")
+    if options.original and not options.text:
+        options.wrong("--original needs --text")
+    text = Path(options.text).read_text(encoding="utf-8") if options.text else None
+    if options.tasks:
+        check_tasks(options.tasks)
+    original = _load(options, options.original) if options.original else None
+    found = [_measure(options, name, text, original) for name in options.models]
+    if original is not None:
+        measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
+        found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
+    if len(found) == 1 and text is not None and not (options.tasks or options.speed):
+        (only,) = found
+        told = {"perplexity": only.perplexity, "tokens": only.tokens, "context": options.context}
+        line = f"perplexity {only.perplexity:.4f} on {only.tokens:,} tokens, context {options.context}"
+        _show(options, told, line)
+        return
+    told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
+    read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
+    _show(options, told, comparison_table(found) + read)
+
+
+def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:
+    """What the options ask for, of one model."""
+    tokenizer = _tokenizer(name)
+    ids = None if text is None else token_ids(tokenizer, text)
+    model = _load(options, name) if model is None else model
+    result: dict[str, Any] = {}
+    if ids is not None:
+        result["tokens"] = ids.numel()
+        if original is None:
+            result["perplexity"] = perplexity(model, tokenizer, ids, options.context)
+        else:
+            compared = asdict(compare(model, original, tokenizer, ids, options.context))
+            result |= {key: compared[key] for key in ("perplexity", "original_perplexity", "kl", "top1")}
+    if options.speed:
+        prompt = token_ids(tokenizer, builtin_text()[:_PROMPT_CHARACTERS])[:_PROMPT_TOKENS]
+        result["speed"] = decode_speed(model, prompt, options.new_tokens)
+    if options.tasks:
+        result["tasks"] = run_tasks(model, tokenizer, options.tasks)
+    return Measurement.of(model, name, **result)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Say what a saved model is, after its files are checked."""
+    inspection = inspect(options.folder, options.verify)
+    _show(options, inspection.to_dict(), inspection.table())
+
+
+def _report(options: argparse.Namespace) -> None:
+    """Write the report of a saved model as a page."""
+    _write(f"Written to {write_page(options.folder, options.out)}.\n")
+
+
+def _chat(options: argparse.Namespace) -> None:
+    """Answer every line of the input, with all that was said before in view."""
+    tokenizer = _tokenizer(options.model)
+    model = _load(options, options.model)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    messages: list[dict[str, str]] = []
+    prompt = "> " if sys.stdin.isatty() else ""
+    _write(prompt)
+    for line in sys.stdin:
+        said = line.strip()
+        if said == "/exit":
+            break
+        if said:
+            messages.append({"role": "user", "content": said})
+            text = said
+            if tokenizer.chat_template:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            # A template writes the special tokens itself.
+            inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
+            output = model.generate(**inputs.to(model.device), max_new_tokens=options.max_new_tokens, streamer=streamer)
+            reply = output[0, inputs["input_ids"].shape[1] :]
+            messages.append({"role": "assistant", "content": tokenizer.decode(reply, skip_special_tokens=True)})
+        _write(prompt)
+
+
+def config_of(options: argparse.Namespace) -> GuidedQuantConfig:
+    """The settings that were given; the others are left to the preset, or else to the config."""
+    known = {"preset", *(field.name for field in fields(GuidedQuantConfig))}
+    return GuidedQuantConfig(**{name: value for name, value in vars(options).items() if name in known})
+
+
+def _tokenizer(model: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, ImportError) as error:
+        raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
+
+
+def _processor(model: str, tokenizer: Any) -> Any:
+    """What prepares texts and images for a model, or its tokenizer if there is nothing for images."""
+    try:
+        return AutoProcessor.from_pretrained(model)
+    except (OSError, ValueError, ImportError):
+        return tokenizer
+
+
+def _load(options: argparse.Namespace, name: str) -> Any:
+    kind = auto_class(AutoConfig.from_pretrained(name))
+    model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
+    cache_dequantized(model, model.device.type == "cpu" and not options.lean)
+    return model
+
+
+def _show(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
+    _write((json.dumps(result, indent=1) if options.json else text) + "\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "plan": _plan,
+    "quantize": _quantize,
+    "convert": _convert,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "report": _report,
+    "chat": _chat,
+}

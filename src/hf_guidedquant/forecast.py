@@ -18,7 +18,7 @@ from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
 from .report import align, sizes
 from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
-from .solvers import SOLVERS, SolverSpec
+from .solvers import SolverSpec, solve
 from .solvers.hessian import condition
 from .solving import solver_work
 from .training import check_blocks, held_back, stack_size
@@ -223,9 +223,16 @@ def _solver_rate(layer: LayerPlan, config: GuidedQuantConfig, device: torch.devi
         x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
         sums = x.mT @ x if layer.statistics == "hessian" else x.square().sum(dim=0)
         hessian, _ = condition(sums.unsqueeze(0), layer.name)
-    spec = SolverSpec(layer.bits, torch.float16, config.lnq_iterations, config.lnq_cycles, config.kmeans_iterations)
+    spec = SolverSpec(
+        layer.bits,
+        torch.float16,
+        config.lnq_iterations,
+        config.lnq_cycles,
+        config.kmeans_iterations,
+        min(layer.outliers, inputs - 1),
+    )
     with reproducible():
-        return solver_work(sample) / _seconds(lambda: SOLVERS[layer.method].solve(weight, hessian, spec), device, 2)
+        return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec), device, 2)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:

@@ -36,7 +36,10 @@ _CONFIG_ERRORS = (
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A quantized layer of a saved model. ``nbytes`` counts codes and codebook."""
+    """A quantized layer of a saved model.
+
+    ``nbytes`` counts codes, codebook and overlay; ``outliers`` are those of a row.
+    """
 
     name: str
     out_features: int
@@ -45,6 +48,7 @@ class SavedLayer:
     method: str
     lut_dtype: str
     nbytes: int
+    outliers: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits per quantized weight, codebooks included."""
+        """Mean bits per quantized weight, codebooks and overlays included."""
         return 8 * sum(x.nbytes for x in self.layers) / sum(x.out_features * x.in_features for x in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     GuidedQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model, checkpoint_files=files)
     if verify:
         check_checksums(path, files)
-        check_tensors(files)
+        check_tensors(files, {name: module.in_features for name, module in quantized_modules(model).items()})
     layers = tuple(
         SavedLayer(
             name,
@@ -130,7 +134,8 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
             module.bits,
             method=_method(name, config),
             lut_dtype=str(module.lut.dtype).removeprefix("torch."),
-            nbytes=module.weight.nbytes + module.lut.nbytes,
+            nbytes=module.packed_bytes,
+            outliers=module.outliers,
         )
         for name, module in quantized_modules(model).items()
     )

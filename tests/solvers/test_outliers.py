@@ -98,7 +98,10 @@ def test_outliers_lower_the_objective_of_every_method_on_every_problem(name):
 
 def test_no_outliers_are_the_method_itself(name):
     weight, statistics = heavy_tailed(name)
-    alone, through = SOLVERS[name].solve(weight, statistics, SolverSpec(3)), solve(name, weight, statistics, SolverSpec(3))
+    alone, through = (
+        SOLVERS[name].solve(weight, statistics, SolverSpec(3)),
+        solve(name, weight, statistics, SolverSpec(3)),
+    )
     assert through.overlay is None
     assert torch.equal(alone.codes, through.codes)
     assert torch.equal(alone.codebook, through.codebook)
@@ -106,7 +109,7 @@ def test_no_outliers_are_the_method_itself(name):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_they_make_good_for_the_errors_of_the_others(seed):
-    """Row by row the least of ``eᵀ H e + 0.01 e_Oᵀ diag(H_OO) e_O`` over the outliers' errors, as numpy would solve it."""
+    """Row by row the least of ``eᵀ H e + 0.01 e_Oᵀ diag(H_OO) e_O`` over the outliers' errors, in float64."""
     weight, hessian = heavy_tailed("lnq", seed)
     solution = solve("lnq", weight, hessian, SolverSpec(2, torch.float32, outliers=COUNT))
     error, matrix = stored(solution) - weight.double(), hessian.double()

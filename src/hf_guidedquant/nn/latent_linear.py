@@ -19,7 +19,8 @@ class LatentLinear(nn.Module):
 
     Gradients go straight through to the latent numbers. They start where the original weights are, but not outside of
     the inner half of what is nearest to the weight's own codeword: so the layer starts as it was solved, with
-    codes that are not the nearest included.
+    codes that are not the nearest included. An overlay stays as it is; the latent numbers are what it leaves of the
+    weights.
 
     Args:
         layer: The solved layer.
@@ -33,20 +34,30 @@ class LatentLinear(nn.Module):
     def __init__(self, layer: GuidedLinear, weight: Tensor) -> None:
         super().__init__()
         self.lut_dtype, self.bits, self.bias = layer.lut.dtype, layer.bits, layer.bias
+        self.overlay = layer.overlay
         codebook = layer.lut.detach().float()
+        weight = self._with_overlay(weight.detach().float(), sign=-1)
         codes = unpack_codes(layer.bit_planes(), layer.in_features).long()
         ends = codebook.new_full((len(codebook), 1), torch.inf)
         borders = torch.cat([-ends, _borders(codebook), ends], dim=1)
         own = codebook.gather(1, codes)
         low, high = (own + _REACH * (borders.gather(1, codes + side) - own) for side in (0, 1))
         self.codebook = nn.Parameter(codebook.clone())
-        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight.detach().float(), low), high).contiguous())
+        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight, low), high).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
         x = multiplied(x)
-        weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype)
+        weight = self._with_overlay(_Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype))
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _with_overlay(self, weight: Tensor, sign: int = 1) -> Tensor:
+        """The weight with the overlay added; gradients go through."""
+        if not self.overlay:
+            return weight
+        places = self.overlay["overlay_columns"].long()
+        values = sign * self.overlay["overlay_values"].float()
+        return weight.scatter(1, places, (weight.gather(1, places).float() + values).to(weight.dtype))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -63,7 +74,8 @@ class LatentLinear(nn.Module):
         lut = stored(self.codebook, self.lut_dtype)
         codes = _codes(self.latent.detach(), lut.float())
         planes = pack_codes(codes.to(torch.uint8), self.bits)
-        return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.latent.shape[1], self.bias)
+        tensors = {"weight": planes, "lut": lut, **self.overlay}
+        return GuidedLinear.from_tensors(tensors, self.latent.shape[1], self.bias)
 
 
 def _borders(codebook: Tensor) -> Tensor:

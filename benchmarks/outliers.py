@@ -2,7 +2,7 @@
 
     python benchmarks/outliers.py --model MODEL --layers model.layers.0.self_attn.q_proj model.layers.12.mlp.down_proj
 
-Prints a table in Markdown: per layer, the objective relative to that of dropping the weights, with and without outliers.
+Prints a table in Markdown: per layer and share, the objective relative to that of dropping all weights, and the size.
 """
 
 import argparse

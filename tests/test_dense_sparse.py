@@ -126,6 +126,8 @@ def test_the_plan_and_the_files_tell_the_same_size(changes, tmp_path):
     overlays = sum(t.nbytes for name, t in model.state_dict().items() if "overlay" in name)
     modules = quantized_modules(model).values()
     assert overlays == sum(m.out_features * m.outliers * 4 for m in modules) > 0
+    assert "outliers a row" in forecast.table()
+    assert "outliers a row" in found.table()
     assert "3.00% of the weights kept beside the codes" in (tmp_path / "model" / "README.md").read_text()
 
 

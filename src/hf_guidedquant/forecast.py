@@ -45,12 +45,19 @@ class Forecast(Plan):
 
     def table(self) -> str:
         """A line per kind of layer (same last name, shape and settings), what is left alone, and the totals."""
-        kinds: dict[tuple, int] = {}
-        for layer in self.layers:
-            key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, layer.bits, layer.method)
-            kinds[key] = kinds.get(key, 0) + 1
-        rows = [["layer", "count", "out x in", "bits", "method"]]
-        rows += [[name, str(n), f"{out} x {inp}", str(b), method] for (name, out, inp, b, method), n in kinds.items()]
+        sparse = any(layer.outliers for layer in self.layers)
+        kinds = Counter(
+            (
+                layer.name.rpartition(".")[2],
+                f"{layer.out_features} x {layer.in_features}",
+                str(layer.bits),
+                layer.method,
+                *([str(layer.outliers)] * sparse),
+            )
+            for layer in self.layers
+        )
+        rows = [["layer", "count", "out x in", "bits", "method", *(["outliers a row"] * sparse)]]
+        rows += [[name, str(count), *rest] for (name, *rest), count in kinds.items()]
         lines = align(rows)
         reasons: dict[str, int] = {}
         for reason in self.skipped.values():

@@ -81,11 +81,19 @@ class Inspection:
 
     def table(self) -> str:
         """A line per kind of layer (same last name, shape and settings), sizes, and where the model comes from."""
+        sparse = any(x.outliers for x in self.layers)
         kinds = Counter(
-            (x.name.rpartition(".")[2], f"{x.out_features} x {x.in_features}", str(x.bits), x.method, x.lut_dtype)
+            (
+                x.name.rpartition(".")[2],
+                f"{x.out_features} x {x.in_features}",
+                str(x.bits),
+                x.method,
+                x.lut_dtype,
+                *([str(x.outliers)] * sparse),
+            )
             for x in self.layers
         )
-        rows = [["layer", "count", "out x in", "bits", "method", "codebook"]]
+        rows = [["layer", "count", "out x in", "bits", "method", "codebook", *(["outliers a row"] * sparse)]]
         rows += [[name, str(count), *rest] for (name, *rest), count in kinds.items()]
         quantized = sum(layer.nbytes for layer in self.layers)
         lines = [

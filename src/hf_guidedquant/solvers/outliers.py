@@ -49,12 +49,12 @@ def solve(method: Method, weight: Tensor, statistics: Tensor | None, spec: Solve
 
 
 def memory(method: Method, groups: int, rows: int, inputs: int, outliers: int) -> int:
-    """Bytes at the worst moment: the method's, or what it takes to fill in the overlay; and the outliers, twice."""
+    """Bytes at the worst moment: the method's, or what it takes to fill in the overlay; the outliers twice, and a copy."""
     solving, weights = method.memory(groups, rows, inputs), groups * rows * inputs
     if not outliers:
         return solving
     filling = 8 * weights + 8 * min(ELEMENTS, groups * rows * _work(inputs, outliers))
-    return max(solving, filling) + 2 * weights + 16 * groups * rows * outliers
+    return max(solving, filling) + 6 * weights + 16 * groups * rows * outliers
 
 
 def choose(weight: Tensor, statistics: Tensor | None, count: int) -> Tensor:

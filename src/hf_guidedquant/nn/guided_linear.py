@@ -181,10 +181,10 @@ class GuidedLinear(nn.Module):
                 destination[prefix + name] = tensor.clone()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_columns(state_dict.get(prefix + "overlay_columns"), prefix.removesuffix("."))
         if self._tiled:
             self._set_weight(self.bit_planes())
             self._tiled = False
-        self._check_columns(state_dict.get(prefix + "overlay_columns"), prefix.removesuffix("."))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.prepare()
         if self.fusion is not None:

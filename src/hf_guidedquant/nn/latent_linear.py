@@ -36,7 +36,7 @@ class LatentLinear(nn.Module):
         self.lut_dtype, self.bits, self.bias = layer.lut.dtype, layer.bits, layer.bias
         self.overlay = layer.overlay
         codebook = layer.lut.detach().float()
-        weight = self._with_overlay(weight.detach().float(), sign=-1)
+        weight = _with_overlay(weight.detach().float(), *self.overlay.values(), sign=-1)
         codes = unpack_codes(layer.bit_planes(), layer.in_features).long()
         ends = codebook.new_full((len(codebook), 1), torch.inf)
         borders = torch.cat([-ends, _borders(codebook), ends], dim=1)
@@ -48,16 +48,8 @@ class LatentLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
         x = multiplied(x)
-        weight = self._with_overlay(_Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype))
+        weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype, *self.overlay.values())
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-
-    def _with_overlay(self, weight: Tensor, sign: int = 1) -> Tensor:
-        """The weight with the overlay added; gradients go through."""
-        if not self.overlay:
-            return weight
-        places = self.overlay["overlay_columns"].long()
-        values = sign * self.overlay["overlay_values"].float()
-        return weight.scatter(1, places, (weight.gather(1, places).float() + values).to(weight.dtype))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -78,6 +70,14 @@ class LatentLinear(nn.Module):
         return GuidedLinear.from_tensors(tensors, self.latent.shape[1], self.bias)
 
 
+def _with_overlay(weight: Tensor, *overlay: Tensor, sign: int = 1) -> Tensor:
+    """The weight with an overlay, values and columns, added or taken away; without one the weight."""
+    if not overlay:
+        return weight
+    values, places = sign * overlay[0].float(), overlay[1].long()
+    return weight.scatter(1, places, (weight.gather(1, places).float() + values).to(weight.dtype))
+
+
 def _borders(codebook: Tensor) -> Tensor:
     """Where the nearest codeword changes: ``[N, L] -> [N, L - 1]``."""
     return (codebook[:, 1:] + codebook[:, :-1]) / 2
@@ -89,18 +89,20 @@ def _codes(latent: Tensor, codebook: Tensor) -> Tensor:
 
 
 class _Nearest(torch.autograd.Function):
-    """The weight in the codewords nearest to the latent numbers, as they would be stored."""
+    """The weight in the codewords nearest to the latent numbers, as they would be stored, and with the overlay."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, codebook: Tensor, lut_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, latent: Tensor, codebook: Tensor, lut_dtype: torch.dtype, dtype: torch.dtype, *overlay: Tensor
+    ) -> Tensor:
         lut = stored(codebook, lut_dtype).float()
         codes = _codes(latent, lut)
         ctx.save_for_backward(codes.to(torch.uint8))
         ctx.levels = lut.shape[1]
-        return lut.gather(1, codes.long()).to(dtype)
+        return _with_overlay(lut.gather(1, codes.long()).to(dtype), *overlay)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (codes,) = ctx.saved_tensors
         grad = grad.float()
-        return grad, sums_by_code(grad, codes, ctx.levels), None, None
+        return grad, sums_by_code(grad, codes, ctx.levels), *(None for _ in ctx.needs_input_grad[2:])

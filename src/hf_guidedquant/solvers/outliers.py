@@ -49,7 +49,7 @@ def solve(method: Method, weight: Tensor, statistics: Tensor | None, spec: Solve
 
 
 def memory(method: Method, groups: int, rows: int, inputs: int, outliers: int) -> int:
-    """Bytes at the worst moment: the method's, or what it takes to fill in the overlay; the outliers twice, and a copy."""
+    """Bytes at the worst moment: the method's, or of filling in the overlay; the outliers twice, and a copy."""
     solving, weights = method.memory(groups, rows, inputs), groups * rows * inputs
     if not outliers:
         return solving

@@ -47,3 +47,9 @@ def random_layer(bits: int, rows: int, inputs: int, count: int) -> tuple[list[to
     tiles = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda")
     lut = torch.randn(rows, 2**bits, device="cuda").mul(0.02).sort(dim=-1).values.half()
     return list(tiles), lut
+
+
+def random_overlay(rows: int, inputs: int, outliers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and columns of so many outliers in every row."""
+    columns = torch.rand(rows, inputs, device="cuda").topk(outliers).indices.sort(dim=-1).values
+    return torch.randn(rows, outliers, device="cuda").half(), columns.to(torch.int16)

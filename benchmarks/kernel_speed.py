@@ -4,6 +4,7 @@
 
 Prints, for one token and every shape, the time, its ratio to fp16 and the part of the measured read bandwidth that it
 reaches; then the ratios over the number of tokens. CUDA graphs, medians, weights rotated beyond L2 (see gpu_timing.py).
+With ``--outliers 0.0045`` also what that share of outliers adds to every product.
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import copies, graph_time, random_layer, read_bandwidth
+from gpu_timing import copies, graph_time, random_layer, random_overlay, read_bandwidth
 
+from hf_guidedquant.formats.lut import outliers_per_row
 from hf_guidedquant.triton_kernels import lut_linear_tiled
 
 BITS = (2, 3, 4)
@@ -27,11 +29,16 @@ SHAPES = [
 SWEPT = [(28672, 4096), (4096, 4096), (4096, 14336)]
 
 
-def measure(rows: int, inputs: int, counts: list[int], replays: int) -> list[dict[str, Any]]:
-    """Microseconds of fp16 and of every bit width, for every number of tokens."""
+def measure(rows: int, inputs: int, counts: list[int], replays: int, share: float = 0) -> list[dict[str, Any]]:
+    """Microseconds of fp16 and of every bit width, for every number of tokens; and with a share of outliers."""
     results = []
     dense = [torch.randn(rows, inputs, dtype=torch.float16, device="cuda") for _ in range(copies(2 * rows * inputs))]
     layers = {bits: random_layer(bits, rows, inputs, copies(rows * inputs * bits // 8)) for bits in BITS}
+    overlays = {
+        bits: [random_overlay(rows, inputs, outliers_per_row(inputs, share)) for _ in matrices]
+        for bits, (matrices, _) in layers.items()
+        if share
+    }
     for tokens in counts:
         x = torch.randn(tokens, inputs, dtype=torch.float16, device="cuda")
         products: dict[int, list[Callable[[], object]]] = {
@@ -39,9 +46,18 @@ def measure(rows: int, inputs: int, counts: list[int], replays: int) -> list[dic
         }
         for bits, (matrices, lut) in layers.items():
             products[bits] = [partial(lut_linear_tiled, x, tiles, lut) for tiles in matrices]
-        few = {bits: calls if tokens <= 64 else calls[:8] for bits, calls in products.items()}
-        times = {bits: graph_time(calls, replays) for bits, calls in few.items()}
-        results.append({"rows": rows, "inputs": inputs, "tokens": tokens, "us": times})
+        sparse: dict[int, list[Callable[[], object]]] = {}
+        for bits, pairs in overlays.items():
+            matrices, lut = layers[bits]
+            sparse[bits] = [
+                partial(lut_linear_tiled, x, tiles, lut, None, *pair)
+                for tiles, pair in zip(matrices, pairs, strict=True)
+            ]
+        times, with_outliers = (
+            {bits: graph_time(calls if tokens <= 64 else calls[:8], replays) for bits, calls in kind.items()}
+            for kind in (products, sparse)
+        )
+        results.append({"rows": rows, "inputs": inputs, "tokens": tokens, "us": times, "us_outliers": with_outliers})
     return results
 
 
@@ -71,6 +87,18 @@ def show_sweep(results: list[dict[str, Any]]) -> None:
         for bits in BITS:
             ratios = "".join(f" {mine[count][16] / mine[count][bits]:.2f} |" for count in counts)
             print(f"| {rows} x {inputs} | {bits} |{ratios}", flush=True)
+
+
+def show_outliers(results: list[dict[str, Any]], share: float) -> None:
+    print(f"\n| {share:.2%} outliers, N x K | tokens | a row |" + "".join(f" {b}-bit us | added |" for b in BITS))
+    print("|---|---|---|" + "---|---|" * len(BITS))
+    for result in results:
+        line = f"| {result['rows']} x {result['inputs']} | {result['tokens']} |"
+        line += f" {outliers_per_row(result['inputs'], share)} |"
+        for bits in BITS:
+            without, with_them = result["us"][bits], result["us_outliers"][bits]
+            line += f" {with_them:.2f} | {with_them - without:.2f} ({with_them / without - 1:.0%}) |"
+        print(line, flush=True)
 
 
 def draw(results: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
@@ -105,10 +133,13 @@ def main() -> None:
     options = parse()
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
-    one_token = [result for shape in SHAPES for result in measure(*shape, [1], options.replays)]
+    share = options.outliers
+    one_token = [result for shape in SHAPES for result in measure(*shape, [1], options.replays, share)]
     show_one_token(one_token, bandwidth)
-    swept = [result for shape in SWEPT for result in measure(*shape, options.tokens, options.replays)]
+    swept = [result for shape in SWEPT for result in measure(*shape, options.tokens, options.replays, share)]
     show_sweep(swept)
+    if share:
+        show_outliers(one_token + [result for result in swept if result["tokens"] > 1], share)
     if options.output:
         content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
         options.output.write_text(json.dumps(content | {"one_token": one_token, "swept": swept}, indent=1))
@@ -120,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
     parser.add_argument("--tokens", type=int, nargs="+", default=default, help="numbers of tokens for the sweep")
+    parser.add_argument("--outliers", type=float, default=0.0, help="share of outliers whose cost to measure as well")
     parser.add_argument("--replays", type=int, default=12, help="graph replays that a median is of")
     parser.add_argument("--output", type=Path, help="JSON to write")
     parser.add_argument("--picture", type=Path, help="PNG of a roofline to write")

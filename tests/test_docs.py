@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from test_importer import Published
+from test_vision_language import made
 from tokenizer import word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessor, LlamaConfig, LlamaForCausalLM, LlavaProcessor
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli, errors
@@ -50,6 +51,9 @@ def stand_ins(tmp_path_factory):
     for name in (BASE, "SmolLM2-135M"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    seeing, _ = made("llava")
+    seeing.save_pretrained(folder / "Qwen/Qwen2-VL-2B-Instruct")
+    LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=8).save_pretrained(folder / "Qwen/Qwen2-VL-2B-Instruct")
     (folder / "OWNER").mkdir()
     Published(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256))).write(folder / "OWNER/ANY-PRECISION-MODEL")
     (folder / "examples").mkdir()

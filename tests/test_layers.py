@@ -59,9 +59,9 @@ def fused(model):
     return {id(m.fusion) for m in quantized_modules(model).values() if m.fusion is not None and m.fusion.ready}
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
-def test_moving_changes_the_layout_and_nothing_else(bits, device):
-    cpu = quantized(bits=bits)
+@pytest.mark.parametrize(("bits", "outliers"), [(2, 0), (3, 0), (4, 0), (5, 0), (3, 0.03)])
+def test_moving_changes_the_layout_and_nothing_else(bits, outliers, device):
+    cpu = quantized(bits=bits, outliers=outliers)
     expected, answers = cpu.state_dict(), logits(cpu)
     model = device.there(copy.deepcopy(cpu))
     assert all(module.tiled == (bits != 5) for module in quantized_modules(model).values())
@@ -87,8 +87,9 @@ def test_state_dict_of_another_model_is_taken_up(device):
     assert len(fused(first)) == 4
 
 
-def test_fusion_changes_no_result_and_no_state(device):
-    model = device.there(quantized())
+@pytest.mark.parametrize("outliers", [0, 0.03])
+def test_fusion_changes_no_result_and_no_state(outliers, device):
+    model = device.there(quantized(outliers=outliers))
     assert len(fused(model)) == 4  # q/k/v and gate/up of two layers
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     together = logits(model)
@@ -103,19 +104,22 @@ def test_fusion_changes_no_result_and_no_state(device):
         assert torch.equal(tensor, before[name]), name
 
 
-def test_fusion_stores_nothing_twice_and_the_state_dict_shares_nothing(device):
-    layer = device.there(quantized()).model.layers[0].self_attn
+@pytest.mark.parametrize("outliers", [0, 0.03])
+def test_fusion_stores_nothing_twice_and_the_state_dict_shares_nothing(outliers, device):
+    layer = device.there(quantized(outliers=outliers)).model.layers[0].self_attn
     parts = (layer.q_proj, layer.k_proj, layer.v_proj)
-    for name in ("weight", "lut"):
+    names = ["weight", "lut"] + ["overlay_values", "overlay_columns"] * bool(outliers)
+    for name in names:
         storages = [getattr(part, name).untyped_storage() for part in parts]
         assert len({storage.data_ptr() for storage in storages}) == 1
         assert storages[0].nbytes() == sum(getattr(part, name).nbytes for part in parts)
     saved = [t.untyped_storage().data_ptr() for name, t in layer.state_dict().items() if "o_proj" not in name]
-    assert len(set(saved)) == len(saved) == 6
+    assert len(set(saved)) == len(saved) == 3 * len(names)
 
 
-def test_a_fused_layer_called_by_itself_or_in_another_order(device):
-    layer = device.there(quantized()).model.layers[0].self_attn
+@pytest.mark.parametrize("outliers", [0, 0.03])
+def test_a_fused_layer_called_by_itself_or_in_another_order(outliers, device):
+    layer = device.there(quantized(outliers=outliers)).model.layers[0].self_attn
     parts = [layer.q_proj, layer.k_proj, layer.v_proj]
     x = torch.randn(3, 64, device=device.name, dtype=torch.float16)
     expected = [part(x) for part in parts]
@@ -166,9 +170,10 @@ def test_fused_layers_are_not_fused_where_they_differ(device):
     device.same(logits(model), apart)
 
 
-def test_fused_layers_of_a_compiled_model(device):
+@pytest.mark.parametrize("outliers", [0, 0.03])
+def test_fused_layers_of_a_compiled_model(outliers, device):
     torch._dynamo.reset()
-    mlp = device.there(quantized()).model.layers[0].mlp
+    mlp = device.there(quantized(outliers=outliers)).model.layers[0].mlp
     x = torch.randn(1, 2, 64, device=device.name, dtype=torch.float16)
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager" if device.name == "cpu" else "inductor")
     with torch.no_grad():

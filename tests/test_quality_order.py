@@ -22,6 +22,8 @@ def lost():
         "plain": {"guided": False},
         "guided": {"guided": True},
         "guided 3 bits": {"bits": 3},
+        "squeezellm, sparse": {"method": "squeezellm", "outliers": 0.0045},
+        "guided, sparse": {"outliers": 0.0045},
     }.items():
         config = GuidedQuantConfig(**{"bits": 2, "dataset": calibration_rows(), **settings})
         model = hf_guidedquant.quantize(copy.deepcopy(trained_model()), config)
@@ -45,3 +47,9 @@ def test_the_order_of_methods(lost):
 
 def test_another_bit_loses_less(lost):
     assert lost["guided"] > 2 * lost["guided 3 bits"]
+
+
+def test_outliers_beside_the_codes_lose_less(lost):
+    """One of 64 weights: half a bit more."""
+    assert lost["guided, sparse"] < lost["guided"]
+    assert lost["squeezellm, sparse"] < lost["squeezellm"]

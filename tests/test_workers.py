@@ -30,6 +30,9 @@ assert tensor.tolist() == [3.0, 3.0, 3.0]
 tensor += workers.rank
 workers.hand_over(tensor, 1)
 assert tensor.tolist() == [4.0, 4.0, 4.0]
+columns = torch.tensor([-300, 7 * workers.rank], dtype=torch.int16)
+workers.hand_over(columns, 1)
+assert columns.tolist() == [-300, 7]
 assert workers.tell({"rank": workers.rank}, 1) == {"rank": 1}
 workers.check_agreement({"seed": 0, "data": "x"})
 try:

@@ -99,7 +99,8 @@ def _facts(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     facts = {"method": _method(settings)}
     if model is not None:
         count = len(quantized_modules(model))
-        facts["bits per weight"] = f"{bits_per_weight(model):.3f} in {count} linear layers, codebooks included"
+        included = "codebooks and overlays" if settings["outliers"] else "codebooks"
+        facts["bits per weight"] = f"{bits_per_weight(model):.3f} in {count} linear layers, {included} included"
         facts["size"] = megabytes(sum(tensor.nbytes for tensor in model.parameters()))
     if report is not None:
         facts["size"] += f" (before: {megabytes(report.dense_bytes)})"
@@ -124,6 +125,8 @@ def _method(settings: Mapping[str, Any]) -> str:
     parts = [_METHODS.get(name, name)]
     if settings["guided"] and SOLVERS[name].statistics != "none":
         parts.append("guided by the end loss ([GuidedQuant](https://arxiv.org/abs/2505.07004))")
+    if settings["outliers"]:
+        parts.append(f"{settings['outliers']:.2%} of the weights kept beside the codes")
     parts += ["blocks reconstructed"] * bool(settings["reconstruct"]) + ["codebooks distilled"] * bool(
         settings["distill"]
     )

@@ -21,14 +21,16 @@ from .errors import (
     DamagedFileError,
     NonFiniteTensorError,
     OutputFolderError,
+    OverlayError,
     TensorMismatchError,
     UnsafeFileError,
 )
-from .formats.lut import TensorSpec
+from .formats.lut import TensorSpec, are_columns
 from .nn import quantized_modules
 from .workers import Workers
 
 DTYPES = {
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
     "U8": torch.uint8,
@@ -191,30 +193,39 @@ def _describe(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
-def check_codebooks(model: nn.Module) -> None:
-    """Refuse a loaded model with NaN or infinite codebooks or biases in quantized layers.
+def check_layers(model: nn.Module) -> None:
+    """Refuse a loaded model whose quantized layers hold NaN or infinity, or outliers where there are no weights.
 
     Raises:
         NonFiniteTensorError: Naming the layers.
+        OverlayError: Naming the layers.
     """
-    bad = []
+    bad, astray = [], []
     for name, module in quantized_modules(model).items():
         # An offloaded layer's tensors are elsewhere until they are used.
         with align_module_device(module):
-            floats = [tensor for tensor in (module.lut, module.bias) if tensor is not None]
+            floats = [tensor for tensor in (module.lut, module.bias, module.overlay_values) if tensor is not None]
             if not all(torch.isfinite(tensor).all() for tensor in floats):
                 bad.append(name)
+            if module.overlay_columns is not None and not are_columns(module.overlay_columns, module.in_features):
+                astray.append(name)
     if bad:
-        raise NonFiniteTensorError("codebook or bias", bad)
+        raise NonFiniteTensorError("codebook, bias or overlay", bad)
+    if astray:
+        raise OverlayError(astray)
 
 
-def check_tensors(files: Iterable[str | os.PathLike]) -> None:
-    """Read every tensor in safetensors files, one at a time, and refuse NaN and infinity.
+def check_tensors(files: Iterable[str | os.PathLike], inputs: Mapping[str, int]) -> None:
+    """Read every tensor in safetensors files, one at a time, and refuse what loading would refuse.
+
+    Args:
+        files: The files.
+        inputs: Number of inputs of every quantized layer, by its name.
 
     Raises:
         CheckpointError: Naming the tensors, or the file that cannot be read.
     """
-    bad = []
+    bad, astray = [], []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -222,10 +233,15 @@ def check_tensors(files: Iterable[str | os.PathLike]) -> None:
                     tensor = tensors.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         bad.append(name)
+                    layer, _, key = name.rpartition(".")
+                    if key == "overlay_columns" and layer in inputs and not are_columns(tensor, inputs[layer]):
+                        astray.append(layer)
         except SafetensorError as error:
             raise DamagedFileError(f"{os.path.basename(file)} cannot be read: {error}. Download it again.") from error
     if bad:
         raise NonFiniteTensorError("values", bad)
+    if astray:
+        raise OverlayError(astray)
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:

@@ -53,6 +53,7 @@ PERSISTED = (
     "lnq_iterations",
     "lnq_cycles",
     "kmeans_iterations",
+    "outliers",
     "reconstruct",
     "distill",
     "modules_to_not_convert",
@@ -150,6 +151,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
         kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.
+        outliers: Share of each output channel's weights that is kept beside the codes, in the codebook's dtype
+            (dense-and-sparse): those of largest ``H_kk w_k²``, rounded up to whole weights, 32 bits each. 0.0045 in the
+            paper. 0-0.1.
         reconstruct: Train codes and codebooks block by block after solving, on the same rows: every quantized decoder
             block learns to give what the original block gives. ``True`` for the settings of :class:`ReconstructSpec`,
             or a dictionary of those that are to be others. Kept as ``False`` or the dictionary of all. Hidden states
@@ -205,6 +209,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50
+    outliers: float = 0.0
     reconstruct: bool | dict[str, Any] = False
     distill: bool | dict[str, Any] = False
     modules_to_not_convert: list[str] | None = None
@@ -240,6 +245,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
         _check_int("kmeans_iterations", self.kmeans_iterations, 0, 1000)
+        _check_share("outliers", self.outliers, 0.1)
         self.reconstruct = _settings("reconstruct", self.reconstruct, ReconstructSpec)
         self.distill = _settings("distill", self.distill, DistillSpec)
         _check_int("num_samples", self.num_samples, 1, 1_000_000)
@@ -372,6 +378,11 @@ def _check_device(name: str, value: Any) -> None:
 def _check_positive(field_name: str, value: object, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
         raise ConfigError(field_name, value, f"a positive number up to {high}")
+
+
+def _check_share(field_name: str, value: object, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        raise ConfigError(field_name, value, f"a number from 0 to {high}")
 
 
 def _check_training(field_name: str, spec: DistillSpec | ReconstructSpec) -> None:

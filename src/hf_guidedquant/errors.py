@@ -114,6 +114,17 @@ class NonFiniteTensorError(CheckpointError):
         )
 
 
+class OverlayError(CheckpointError):
+    """Outliers of a saved model are not where a layer has weights."""
+
+    def __init__(self, layers: Iterable[str]) -> None:
+        self.layers = list(layers)
+        super().__init__(
+            f"overlay_columns of {listed(self.layers, 6)} are no inputs of the layer in ascending order. "
+            "The checkpoint is damaged; download or save it again."
+        )
+
+
 class UnknownArchitectureError(CheckpointError):
     """A saved model's config asks for a model class that Transformers does not have."""
 

@@ -20,7 +20,7 @@ from .linears import size_of, tensors_of
 from .plan import LayerPlan, Plan, plan_layers
 from .report import align, sizes
 from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
-from .solvers import SOLVERS, SolverSpec
+from .solvers import SolverSpec, solve
 from .solvers.hessian import condition
 from .solving import solver_work
 from .training import check_blocks, held_back, stack_size
@@ -47,12 +47,19 @@ class Forecast(Plan):
 
     def table(self) -> str:
         """A line per kind of layer (same last name, shape and settings), what is left alone, and the totals."""
-        kinds: dict[tuple, int] = {}
-        for layer in self.layers:
-            key = (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, layer.bits, layer.method)
-            kinds[key] = kinds.get(key, 0) + 1
-        rows = [["layer", "count", "out x in", "bits", "method"]]
-        rows += [[name, str(n), f"{out} x {inp}", str(b), method] for (name, out, inp, b, method), n in kinds.items()]
+        sparse = any(layer.outliers for layer in self.layers)
+        kinds = Counter(
+            (
+                layer.name.rpartition(".")[2],
+                f"{layer.out_features} x {layer.in_features}",
+                str(layer.bits),
+                layer.method,
+                *([str(layer.outliers)] * sparse),
+            )
+            for layer in self.layers
+        )
+        rows = [["layer", "count", "out x in", "bits", "method", *(["outliers a row"] * sparse)]]
+        rows += [[name, str(count), *rest] for (name, *rest), count in kinds.items()]
         lines = align(rows)
         reasons: dict[str, int] = {}
         for reason in self.skipped.values():
@@ -231,9 +238,16 @@ def _solver_rate(layer: LayerPlan, config: GuidedQuantConfig, device: torch.devi
         x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
         sums = x.mT @ x if layer.statistics == "hessian" else x.square().sum(dim=0)
         hessian, _ = condition(sums.unsqueeze(0), layer.name)
-    spec = SolverSpec(layer.bits, torch.float16, config.lnq_iterations, config.lnq_cycles, config.kmeans_iterations)
+    spec = SolverSpec(
+        layer.bits,
+        torch.float16,
+        config.lnq_iterations,
+        config.lnq_cycles,
+        config.kmeans_iterations,
+        min(layer.outliers, inputs - 1),
+    )
     with reproducible():
-        return solver_work(sample) / _seconds(lambda: SOLVERS[layer.method].solve(weight, hessian, spec), device, 2)
+        return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec), device, 2)
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:

@@ -36,7 +36,10 @@ _CONFIG_ERRORS = (
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A quantized layer of a saved model. ``nbytes`` counts codes and codebook."""
+    """A quantized layer of a saved model.
+
+    ``nbytes`` counts codes, codebook and overlay; ``outliers`` are those of a row.
+    """
 
     name: str
     out_features: int
@@ -45,6 +48,7 @@ class SavedLayer:
     method: str
     lut_dtype: str
     nbytes: int
+    outliers: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Inspection:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits per quantized weight, codebooks included."""
+        """Mean bits per quantized weight, codebooks and overlays included."""
         return 8 * sum(x.nbytes for x in self.layers) / sum(x.out_features * x.in_features for x in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,11 +81,19 @@ class Inspection:
 
     def table(self) -> str:
         """A line per kind of layer (same last name, shape and settings), sizes, and where the model comes from."""
+        sparse = any(x.outliers for x in self.layers)
         kinds = Counter(
-            (x.name.rpartition(".")[2], f"{x.out_features} x {x.in_features}", str(x.bits), x.method, x.lut_dtype)
+            (
+                x.name.rpartition(".")[2],
+                f"{x.out_features} x {x.in_features}",
+                str(x.bits),
+                x.method,
+                x.lut_dtype,
+                *([str(x.outliers)] * sparse),
+            )
             for x in self.layers
         )
-        rows = [["layer", "count", "out x in", "bits", "method", "codebook"]]
+        rows = [["layer", "count", "out x in", "bits", "method", "codebook", *(["outliers a row"] * sparse)]]
         rows += [[name, str(count), *rest] for (name, *rest), count in kinds.items()]
         quantized = sum(layer.nbytes for layer in self.layers)
         lines = [
@@ -121,7 +133,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     GuidedQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model, checkpoint_files=files)
     if verify:
         check_checksums(path, files)
-        check_tensors(files)
+        check_tensors(files, {name: module.in_features for name, module in quantized_modules(model).items()})
     layers = tuple(
         SavedLayer(
             name,
@@ -130,7 +142,8 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
             module.bits,
             method=_method(name, config),
             lut_dtype=str(module.lut.dtype).removeprefix("torch."),
-            nbytes=module.weight.nbytes + module.lut.nbytes,
+            nbytes=module.packed_bytes,
+            outliers=module.outliers,
         )
         for name, module in quantized_modules(model).items()
     )

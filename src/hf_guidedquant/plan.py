@@ -15,6 +15,7 @@ from .experts import routers
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, stored_weight
 from .solvers import SOLVERS
+from .solvers.outliers import memory as solver_memory
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class LayerPlan:
         out_features, in_features: Shape of the weight.
         bits, method: Settings after overrides.
         num_groups: Groups of outputs that share a Hessian; 1 unless the objective is guided.
+        outliers: Weights of every row that are kept beside the codes.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerPlan:
     bits: int
     method: str
     num_groups: int
+    outliers: int = 0
 
     @property
     def statistics(self) -> str:
@@ -61,7 +64,8 @@ class LayerPlan:
         rows = -(-self.out_features // self.num_groups)
         # One layer's Hessian at a time is made fit to solve with: its copy, a factorisation, and work space.
         conditioning = 12 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
-        return max(SOLVERS[self.method].memory(count * self.num_groups, rows, self.in_features), conditioning)
+        solver = SOLVERS[self.method]
+        return max(solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers), conditioning)
 
     def batch_size(self, device: torch.device) -> int:
         """How many layers like this are solved together at most."""
@@ -74,8 +78,8 @@ class LayerPlan:
 
     @property
     def packed_bytes(self) -> int:
-        """Codes and fp16 codebook."""
-        specs = lut_format.declare(self.out_features, self.in_features, self.bits, torch.float16)
+        """Codes, fp16 codebook and overlay."""
+        specs = lut_format.declare(self.out_features, self.in_features, self.bits, torch.float16, self.outliers)
         return sum(spec.nbytes for spec in specs.values())
 
 
@@ -87,7 +91,7 @@ class Plan:
         layers: The layers to quantize, in model order.
         skipped: Name -> reason, for every weight of two or more dimensions that stays in full precision.
         dense_bytes: Size of all parameters before.
-        quantized_bytes: Size of all parameters after, codebooks included.
+        quantized_bytes: Size of all parameters after, codebooks and overlays included.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -102,7 +106,7 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits per quantized weight, codebooks included."""
+        """Mean bits per quantized weight, codebooks and overlays included."""
         return 8 * sum(layer.packed_bytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
 
@@ -137,6 +141,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
                 settings["bits"] = math.ceil(settings["bits"])
                 out_features, in_features = linear_shape(module)
                 groups = _groups(out_features, config.num_groups) if config.guided else 1
+                settings["outliers"] = lut_format.outliers_per_row(in_features, config.outliers)
                 layers.append(LayerPlan(name, out_features, in_features, **settings, num_groups=groups))
                 continue
             skipped[weight_name] = reason

@@ -15,7 +15,7 @@ from .calibration.kinds import check_dataset
 from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .experts import DOWN, fuse_experts, fused_experts, unfuse, unfused_experts
-from .formats.lut import TensorSpec
+from .formats.lut import TensorSpec, outliers_per_row
 from .linears import is_linear, linear_shape, size_of
 from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
 from .resources import WEIGHTS_SHARE, compute_device, free_memory
@@ -114,7 +114,14 @@ class GuidedQuantizer(HfQuantizer):
             bias = old.bias is not None
             dtype = old.bias.dtype if bias else None
             new = GuidedLinear(
-                in_features, out_features, bits, bias, lut_dtype=lut_dtype, dtype=dtype, device=old.weight.device
+                in_features,
+                out_features,
+                bits,
+                bias,
+                lut_dtype=lut_dtype,
+                dtype=dtype,
+                device=old.weight.device,
+                outliers=outliers_per_row(in_features, self.quantization_config.outliers),
             )
             replace_module(model, name, new)
         if checkpoint_files:
@@ -126,7 +133,7 @@ class GuidedQuantizer(HfQuantizer):
             return
         for module in quantized_modules(model).values():
             module.requires_grad_(False)
-        checkpoint.check_codebooks(model)
+        checkpoint.check_layers(model)
         self._prepare_layers(model)
         companions.attach_saving(model, report=None)
 

@@ -134,8 +134,9 @@ def _is_of(layer: LayerPlan, tensors: Mapping[str, Tensor], facts: Any) -> bool:
     dtype = {"float16": torch.float16, "float32": torch.float32}.get(str(facts["lut_dtype"]))
     return (
         dtype is not None
-        and specs == lut_format.declare(layer.out_features, layer.in_features, layer.bits, dtype)
-        and bool(torch.isfinite(tensors["lut"]).all())
+        and specs == lut_format.declare(layer.out_features, layer.in_features, layer.bits, dtype, layer.outliers)
+        and all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+        and (not layer.outliers or lut_format.are_columns(tensors["overlay_columns"], layer.in_features))
         and all(isinstance(facts[name], kind) for name, kind in _FACTS.items())
         and all(isinstance(value, int | float) for value in facts["objectives"].values())
     )

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .calibration import LayerStatistics
-from .codes import Codes
+from .codes import Codes, Overlay
 from .config import GuidedQuantConfig
 from .formats import lut as lut_format
 from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
 from .resources import compute_device
-from .solvers import SOLVERS, SolverSpec
+from .solvers import SolverSpec, solve
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
 from .workers import Workers
@@ -143,16 +143,19 @@ def _solve_batch(
         config.lnq_iterations,
         config.lnq_cycles,
         config.kmeans_iterations,
+        one.outliers,
     )
-    solution = SOLVERS[one.method].solve(grouped, stacked, spec)
+    solution = solve(one.method, grouped, stacked, spec)
     unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
     results = []
     for index, layer in enumerate(batch):
         own = slice(index * groups, (index + 1) * groups)
-        codes = Codes(
-            solution.codes[own].flatten(0, 1)[: layer.out_features],
-            solution.codebook[own].flatten(0, 1)[: layer.out_features],
-        )
+
+        def rows_of(tensor: Tensor, own: slice = own, layer: LayerPlan = layer) -> Tensor:
+            return tensor[own].flatten(0, 1)[: layer.out_features]
+
+        overlay = solution.overlay and Overlay(rows_of(solution.overlay.columns), rows_of(solution.overlay.values))
+        codes = Codes(rows_of(solution.codes), rows_of(solution.codebook), overlay)
         relative = {
             stage: float(value[own].sum() / unit[own].sum().clamp_min(1e-300))
             for stage, value in solution.objectives.items()

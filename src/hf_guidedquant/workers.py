@@ -82,7 +82,8 @@ class Workers:
         """The owner's ``tensor`` for everyone, in place."""
         if self.size > 1:
             with _fellows():
-                dist.broadcast(tensor, src=owner)
+                # No backend knows int16.
+                dist.broadcast(tensor.view(torch.uint8) if tensor.dtype == torch.int16 else tensor, src=owner)
 
     def tell(self, value: Any, owner: int) -> Any:
         """The owner's ``value``, any small picklable object, for everyone."""

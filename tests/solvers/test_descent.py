@@ -59,35 +59,46 @@ BLOCKS = {  # groups, inputs, rows, bits, the block, the first input whose slope
 }
 
 
-def check_block(name: str, device: str) -> None:
-    """Same codewords and changes as the plain loop, nothing else touched, nothing beyond the ends read or written."""
+def check_block(name: str, device: str, outliers: bool) -> None:
+    """Same codewords and changes as the plain loop, nothing else touched, nothing beyond the ends read or written.
+
+    With outliers a third of the weights stay where they are, which is on no codeword.
+    """
     from hf_guidedquant.solvers.descent import descend
 
     groups, inputs, rows, bits, (start, stop), panel = BLOCKS[name]
     weight, hessian, codes, codebook = exact_problem(groups, inputs, rows, bits, device)
-    quantized = lnq._look_up(codes, codebook)
+    quantized, stay = lnq._look_up(codes, codebook), None
+    if outliers:
+        stay = torch.rand(quantized.shape, generator=torch.Generator().manual_seed(7)).to(device) < 0.3
+        quantized = torch.where(stay, weight.mT + 0.25, quantized)
     pull = (hessian @ (quantized - weight.mT))[:, panel:stop]
     expected, entries = quantized.clone(), codebook.mT.contiguous()
     inverse = 1 / hessian.diagonal(dim1=-2, dim2=-1)
-    block = {"block": slice(start, stop), "offset": start - panel}
+    before = quantized.clone()
+    block = {"block": slice(start, stop), "offset": start - panel, "outliers": stay}
     change = lnq._descend(hessian, inverse, pull, expected, entries, **block)
     given = [framed(tensor) for tensor in (hessian, inverse, pull, quantized, entries)]
     assert torch.equal(descend(*given, **block), change)
     assert torch.equal(given[3], expected)
     assert frame_is_whole(given[3])
     assert (change != 0).any()
+    if stay is not None:
+        assert torch.equal(expected[stay], before[stay])
 
 
 @interpreter_only
+@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("name", list(BLOCKS))
-def test_interpreted_block_is_the_plain_loop(name):
-    check_block(name, "cpu")
+def test_interpreted_block_is_the_plain_loop(name, outliers):
+    check_block(name, "cpu", outliers)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("name", list(BLOCKS))
-def test_block_on_a_gpu_is_the_plain_loop(name):
-    check_block(name, "cuda")
+def test_block_on_a_gpu_is_the_plain_loop(name, outliers):
+    check_block(name, "cuda", outliers)
 
 
 def check_ties(device: str) -> None:

@@ -48,11 +48,11 @@ class Measurement:
 
 
 def bits_per_weight(model: Any) -> float:
-    """Mean bits per quantized weight, codebooks included; without such weights, the width of the model's dtype."""
+    """Mean bits per quantized weight, codebooks and overlays included; of a dense model, the width of its dtype."""
     layers = quantized_modules(model).values()
     if not layers:
         return float(torch.finfo(model.dtype).bits)
-    nbytes = sum(layer.weight.nbytes + layer.lut.nbytes for layer in layers)
+    nbytes = sum(layer.packed_bytes for layer in layers)
     return 8 * nbytes / sum(layer.in_features * layer.out_features for layer in layers)
 
 

@@ -32,8 +32,9 @@ class Fusion:
         self._tiles: Tensor | None = None
         self._lut: Tensor | None = None
         self._bias: Tensor | None = None
+        self._overlay: list[Tensor] = []
         # The members' parameters at the time: a member that has others now is multiplied by itself.
-        self._parameters: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._parameters: list[tuple[Tensor | None, ...]] = []
         # Activations, what else a product depends on, the shares, and who has not had theirs yet. Replaced as a whole,
         # never changed: a thread sees all of it or none.
         self._latest: tuple[Tensor, Any, tuple[Tensor, ...], frozenset[int]] | None = None
@@ -47,7 +48,8 @@ class Fusion:
         self._tiles, self._lut = self._common("weight"), self._common("lut")
         biases = [member.bias.data for member in self.members if member.bias is not None]
         self._bias = torch.cat(biases) if biases else None
-        self._parameters = [(member.weight, member.lut, member.bias) for member in self.members]
+        self._overlay = [self._common(name) for name in self.members[0].overlay]
+        self._parameters = [_parameters(member) for member in self.members]
         settle(self._tiles.device)
         self.ready = True
 
@@ -68,8 +70,10 @@ class Fusion:
         """Whether the member's product with ``x`` can come from the common one."""
         if not self.ready or x.numel() > _MOST_TOKENS * member.in_features:
             return False
-        weight, lut, bias = self._parameters[member.position]
+        weight, lut, bias, values, columns = self._parameters[member.position]
         if member.weight is not weight or member.lut is not lut or member.bias is not bias:
+            return False
+        if member.overlay_values is not values or member.overlay_columns is not columns:
             return False
         # Shares of one product would share a node of the autograd graph.
         return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -82,8 +86,8 @@ class Fusion:
         if latest is None or latest[0] is not x or latest[1] != version or position not in latest[3]:
             self._count_unfinished(latest is not None)
             if not self.ready:
-                return lut_linear_tiled(x, member.weight, member.lut, member.bias)
-            y = lut_linear_tiled(x, self._tiles, self._lut, self._bias)
+                return lut_linear_tiled(x, *_parameters(member))
+            y = lut_linear_tiled(x, self._tiles, self._lut, self._bias, *self._overlay)
             shares = y.split([other.out_features for other in self.members], dim=-1)
             latest = (x, version, shares, frozenset(range(len(self.members))))
         waiting = latest[3] - {position}
@@ -102,19 +106,26 @@ class Fusion:
     def release(self) -> None:
         """Stop serving; members keep their parameters."""
         self.ready, self._unfinished = False, 0
-        self._tiles, self._lut, self._bias, self._parameters, self._latest = None, None, None, [], None
+        self._tiles, self._lut, self._bias, self._overlay = None, None, None, []
+        self._parameters, self._latest = [], None
 
     def dissolve(self) -> None:
         """Give the members parameters of their own again."""
         self.release()
         for member in self.members:
             member.fusion = None
-            for parameter in (member.weight, member.lut):
+            for name in ("weight", "lut", *member.overlay):
+                parameter = getattr(member, name)
                 parameter.data = parameter.data.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the members have parameters of their own; they are fused again when they are moved.
         return vars(Fusion(self.members))
+
+
+def _parameters(member: "GuidedLinear") -> tuple[Tensor | None, ...]:
+    """In the order in which the product takes them."""
+    return member.weight, member.lut, member.bias, member.overlay_values, member.overlay_columns
 
 
 def _version(x: Tensor) -> int:
@@ -157,6 +168,6 @@ def unfuse(model: nn.Module) -> None:
 
 
 def _compatible(members: list["GuidedLinear"]) -> bool:
-    kinds = {(m.in_features, m.bits, m.bias is None) for m in members}
+    kinds = {(m.in_features, m.bits, m.outliers, m.bias is None) for m in members}
     free = all(m.fusion is None for m in members)
     return free and len(kinds) == 1 and all(m.out_features % TILE_ROWS == 0 for m in members)

@@ -19,7 +19,8 @@ class LatentLinear(nn.Module):
 
     Gradients go straight through to the latent numbers. They start where the original weights are, but not outside of
     the inner half of what is nearest to the weight's own codeword: so the layer starts as it was solved, with
-    codes that are not the nearest included.
+    codes that are not the nearest included. An overlay stays as it is; the latent numbers are what it leaves of the
+    weights.
 
     Args:
         layer: The solved layer.
@@ -33,19 +34,21 @@ class LatentLinear(nn.Module):
     def __init__(self, layer: GuidedLinear, weight: Tensor) -> None:
         super().__init__()
         self.lut_dtype, self.bits, self.bias = layer.lut.dtype, layer.bits, layer.bias
+        self.overlay = layer.overlay
         codebook = layer.lut.detach().float()
+        weight = _with_overlay(weight.detach().float(), *self.overlay.values(), sign=-1)
         codes = unpack_codes(layer.bit_planes(), layer.in_features).long()
         ends = codebook.new_full((len(codebook), 1), torch.inf)
         borders = torch.cat([-ends, _borders(codebook), ends], dim=1)
         own = codebook.gather(1, codes)
         low, high = (own + _REACH * (borders.gather(1, codes + side) - own) for side in (0, 1))
         self.codebook = nn.Parameter(codebook.clone())
-        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight.detach().float(), low), high).contiguous())
+        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight, low), high).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
         x = multiplied(x)
-        weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype)
+        weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype, *self.overlay.values())
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
     @torch.no_grad()
@@ -63,7 +66,16 @@ class LatentLinear(nn.Module):
         lut = stored(self.codebook, self.lut_dtype)
         codes = _codes(self.latent.detach(), lut.float())
         planes = pack_codes(codes.to(torch.uint8), self.bits)
-        return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.latent.shape[1], self.bias)
+        tensors = {"weight": planes, "lut": lut, **self.overlay}
+        return GuidedLinear.from_tensors(tensors, self.latent.shape[1], self.bias)
+
+
+def _with_overlay(weight: Tensor, *overlay: Tensor, sign: int = 1) -> Tensor:
+    """The weight with an overlay, values and columns, added or taken away; without one the weight."""
+    if not overlay:
+        return weight
+    values, places = sign * overlay[0].float(), overlay[1].long()
+    return weight.scatter(1, places, (weight.gather(1, places).float() + values).to(weight.dtype))
 
 
 def _borders(codebook: Tensor) -> Tensor:
@@ -77,18 +89,20 @@ def _codes(latent: Tensor, codebook: Tensor) -> Tensor:
 
 
 class _Nearest(torch.autograd.Function):
-    """The weight in the codewords nearest to the latent numbers, as they would be stored."""
+    """The weight in the codewords nearest to the latent numbers, as they would be stored, and with the overlay."""
 
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, codebook: Tensor, lut_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, latent: Tensor, codebook: Tensor, lut_dtype: torch.dtype, dtype: torch.dtype, *overlay: Tensor
+    ) -> Tensor:
         lut = stored(codebook, lut_dtype).float()
         codes = _codes(latent, lut)
         ctx.save_for_backward(codes.to(torch.uint8))
         ctx.levels = lut.shape[1]
-        return lut.gather(1, codes.long()).to(dtype)
+        return _with_overlay(lut.gather(1, codes.long()).to(dtype), *overlay)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (codes,) = ctx.saved_tensors
         grad = grad.float()
-        return grad, sums_by_code(grad, codes, ctx.levels), None, None
+        return grad, sums_by_code(grad, codes, ctx.levels), *(None for _ in ctx.needs_input_grad[2:])

@@ -30,6 +30,8 @@ class TrainedLinear(nn.Module):
         self.register_buffer("planes", layer.bit_planes(), persistent=False)
         self.planes: Tensor
         self.bias = layer.bias
+        # It stays as it is.
+        self.overlay = layer.overlay
 
     def stored_codebook(self) -> Tensor:
         """The codebook in the dtype that it is stored in."""
@@ -38,7 +40,7 @@ class TrainedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
         x = multiplied(x)
-        y = _Product.apply(x, self.codebook, self.stored_codebook(), self.planes)
+        y = _Product.apply(x, self.codebook, self.stored_codebook(), self.planes, *self.overlay.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def quantized(self) -> GuidedLinear:
@@ -49,7 +51,7 @@ class TrainedLinear(nn.Module):
             codes = unpack_codes(planes, self.in_features)
             ranks = order.argsort(dim=-1).to(torch.uint8)
             planes = pack_codes(ranks.gather(1, codes.long()), planes.shape[0])
-        return GuidedLinear.from_tensors({"weight": planes, "lut": lut}, self.in_features, self.bias)
+        return GuidedLinear.from_tensors({"weight": planes, "lut": lut, **self.overlay}, self.in_features, self.bias)
 
 
 def multiplied(x: Tensor) -> Tensor:
@@ -72,19 +74,19 @@ class _Product(torch.autograd.Function):
     """``x Wᵀ``. ``W`` is expanded whenever it is needed and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codebook: Tensor, lut: Tensor, planes: Tensor) -> Tensor:
-        ctx.save_for_backward(x, lut, planes)
-        return F.linear(x, lut_dequantize(planes, lut, x.shape[-1], x.dtype))
+    def forward(ctx: Any, x: Tensor, codebook: Tensor, lut: Tensor, planes: Tensor, *overlay: Tensor) -> Tensor:
+        ctx.save_for_backward(x, lut, planes, *overlay)
+        return F.linear(x, lut_dequantize(planes, lut, x.shape[-1], x.dtype, *overlay))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        x, lut, planes = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, lut, planes, *overlay = ctx.saved_tensors
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ lut_dequantize(planes, lut, x.shape[-1], grad.dtype)
+            grad_x = grad @ lut_dequantize(planes, lut, x.shape[-1], grad.dtype, *overlay)
         if ctx.needs_input_grad[1]:
             grad_codebook = codebook_gradient(grad.flatten(0, -2), x.flatten(0, -2), planes)
-        return grad_x, grad_codebook, None, None
+        return grad_x, grad_codebook, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def codebook_gradient(grad: Tensor, x: Tensor, planes: Tensor) -> Tensor:

@@ -2,10 +2,13 @@
 
 Every solver is a function ``solve(weight, hessian, spec) -> Solution`` over a batch of independent problems:
 ``weight [G, R, K]`` is G groups of R rows that share the Hessian ``hessian [G, K, K]`` (or its diagonal ``[G, K]``,
-or None, whichever the table below says). A new method is one file and one row.
+or None, whichever the table below says). A new method is one file and one row. :func:`solve` takes care of outliers,
+which every method is told of, and knows nothing of but that their errors are zero.
 """
 
-from . import gptq, gptvq1d, kmeans, lnq, rtn
+from torch import Tensor
+
+from . import gptq, gptvq1d, kmeans, lnq, outliers, rtn
 from .base import Method, Solution, SolverSpec
 
 SOLVERS: dict[str, Method] = {
@@ -16,4 +19,10 @@ SOLVERS: dict[str, Method] = {
     "rtn": Method(rtn.solve, "none", rtn.memory),
 }
 
-__all__ = ["SOLVERS", "Method", "Solution", "SolverSpec"]
+
+def solve(method: str, weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
+    """Quantize by the method of that name; :func:`.outliers.solve`."""
+    return outliers.solve(SOLVERS[method], weight, statistics, spec)
+
+
+__all__ = ["SOLVERS", "Method", "Solution", "SolverSpec", "solve"]

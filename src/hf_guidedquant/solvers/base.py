@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..codes import Overlay
+
 # Elements at a time, where what comes out is smaller than what is on the way to it.
-_ELEMENTS = 1 << 25
+ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class SolverSpec:
         bits: Bits per weight; a codebook has ``2**bits`` entries.
         codebook_dtype: The dtype that codebooks are stored in. Results are exactly representable in it.
         lnq_iterations, lnq_cycles, kmeans_iterations: See :class:`GuidedQuantConfig`.
+        outliers: Weights of every row that are kept beside the codes; less than all.
     """
 
     bits: int
@@ -26,6 +29,7 @@ class SolverSpec:
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50
+    outliers: int = 0
 
     @property
     def levels(self) -> int:
@@ -40,11 +44,13 @@ class Solution:
         codes: uint8 ``[G, R, K]``.
         codebook: ``[G, R, 2**bits]`` in ``codebook_dtype``, ascending.
         objectives: Stage name -> fp64 ``[G, R]``, the value of ``(ŵ - w)ᵀ H (ŵ - w)`` after that stage, in order.
+        overlay: Of the outliers (:mod:`.outliers`); methods leave it out.
     """
 
     codes: Tensor
     codebook: Tensor
     objectives: dict[str, Tensor] = field(default_factory=dict)
+    overlay: Overlay | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class Method:
     """A solver, and what it needs.
 
     Attributes:
-        solve: ``(weight [G, R, K], statistics, spec) -> Solution``.
+        solve: ``(weight [G, R, K], statistics, spec, outliers) -> Solution``. The errors of ``outliers``, bool
+            ``[G, R, K]`` or None, count as zero; any codes will do for them.
         statistics: Nothing, the diagonal of the Hessian ``[G, K]``, or all of it ``[G, K, K]``.
         memory: ``(G, R, K) -> `` bytes in use at the worst moment, weights included, statistics not.
     """
@@ -64,7 +71,7 @@ class Method:
 
 def parts(length: int, cost: int) -> Iterator[slice]:
     """Cut a dimension into parts of bounded memory, where each of its ``length`` steps means ``cost`` elements."""
-    step = max(1, _ELEMENTS // max(1, cost))
+    step = max(1, ELEMENTS // max(1, cost))
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
@@ -76,6 +83,19 @@ def nearest(codebook: Tensor, values: Tensor) -> Tensor:
         part = values[..., rows, :].contiguous()
         codes[..., rows, :] = torch.searchsorted(midpoints[..., rows, :].contiguous(), part, out_int32=True)
     return codes
+
+
+def look_up(codes: Tensor, codebook: Tensor, weight: Tensor, outliers: Tensor | None) -> Tensor:
+    """Quantized weights ``[G, R, K]`` of codes ``[G, R, K]`` and codebooks ``[G, R, L]``; outliers are as they were."""
+    quantized = codebook.gather(-1, codes.long())
+    return quantized if outliers is None else torch.where(outliers, weight, quantized)
+
+
+def without(outliers: Tensor | None, weight: Tensor) -> Tensor:
+    """The weights, every outlier replaced by the smallest other weight of its row, so that it adds no value."""
+    if outliers is None:
+        return weight
+    return torch.where(outliers, weight.masked_fill(outliers, torch.inf).amin(dim=-1, keepdim=True), weight)
 
 
 def round_codebook(codebook: Tensor, dtype: torch.dtype) -> Tensor:

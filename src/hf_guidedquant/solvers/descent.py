@@ -7,6 +7,7 @@ fp32 product brings the rest of the block up to date, which costs 16 times fewer
 # mypy: ignore-errors
 # (Triton's compiler, not Python, runs most of this file.)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -62,7 +63,7 @@ def _nearest(target, codebook, rows, entries, midpoints, BITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "offset", "count"])
 def descent_kernel(
-    hessian, inverse, pull, quantized, codebook, change, start, offset, count, inputs, rows, panel,
+    hessian, inverse, pull, quantized, codebook, outliers, change, start, offset, count, inputs, rows, panel,
     BITS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Inputs ``start .. start + count - 1`` of ``ROWS`` rows of a group. Arguments as those of :func:`descend`."""
@@ -78,6 +79,8 @@ def descent_kernel(
     inverse += group * inputs + start
     pull += (group * panel + offset) * rows
     quantized += (group * inputs + start) * rows
+    if outliers is not None:
+        outliers += (group * inputs + start) * rows
     change += group * count * rows
     codebook += group * rows * 2**BITS + lane
     entries, midpoints = _load_codebook(codebook, rows, BITS)
@@ -102,6 +105,8 @@ def descent_kernel(
             for i in tl.static_range(j):
                 total += tl.load(hessian + k.to(tl.int64) * inputs + tl.minimum(first + i, count - 1)) * changes[i]
             value = _nearest(old[j] - total * tl.load(inverse + k), codebook, rows, entries, midpoints, BITS)
+            if outliers is not None:
+                value = tl.where(tl.load(outliers + k * rows + lane) != 0, old[j], value)
             values = values + (value,)
             changes = changes + (value - old[j],)
         for j in tl.static_range(STEPS):
@@ -115,7 +120,14 @@ def descent_kernel(
 
 
 def descend(
-    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, block: slice, offset: int
+    hessian: Tensor,
+    inverse: Tensor,
+    pull: Tensor,
+    quantized: Tensor,
+    codebook: Tensor,
+    block: slice,
+    offset: int,
+    outliers: Tensor | None = None,
 ) -> Tensor:
     """Take the inputs of a block, in order, each to its best entry given all others, in place.
 
@@ -127,6 +139,7 @@ def descend(
         codebook: Ascending, ``[G, L, R]``.
         block: Its inputs, at most :data:`BLOCK`.
         offset: See ``pull``.
+        outliers: Inputs that stay where they are, bool ``[G, K, R]``, or None.
 
     Returns:
         What was added to ``quantized``, ``[G, inputs of the block, R]``.
@@ -135,9 +148,10 @@ def descend(
     count = block.stop - block.start
     bits = codebook.shape[1].bit_length() - 1
     change = quantized.new_empty(groups, count, rows)
+    stay = None if outliers is None else outliers.view(torch.uint8)
     with launching_on(quantized.device):
         descent_kernel[triton.cdiv(rows, _ROWS), groups](
-            hessian, inverse, pull, quantized, codebook, change,
+            hessian, inverse, pull, quantized, codebook, stay, change,
             block.start, offset, count, inputs, rows, pull.shape[1],
             # More stages would fetch every scalar of the Hessian by itself, asynchronously.
             BITS=bits, BLOCK=BLOCK, STEPS=_STEPS, ROWS=_ROWS, num_warps=_WARPS, num_stages=1,

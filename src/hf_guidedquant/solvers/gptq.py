@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import rtn
-from .base import Solution, SolverSpec, nearest, row_objective
+from .base import Solution, SolverSpec, look_up, nearest, row_objective, without
 from .hessian import cholesky
 from .lnq import Problem
 
@@ -23,12 +23,12 @@ from .lnq import Problem
 DAMPING = 0.01
 
 
-def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` to the evenly spaced values of :func:`.rtn.grid`."""
-    codebook = rtn.grid(weight, spec)
+    codebook = rtn.grid(without(outliers, weight), spec)
     objectives = {}
-    for stage, codes in (("rtn", nearest(codebook, weight)), ("gptq", sweep(weight, hessian, codebook))):
-        objectives[stage] = row_objective(weight, codebook.gather(-1, codes.long()), hessian)
+    for stage, codes in (("rtn", nearest(codebook, weight)), ("gptq", sweep(weight, hessian, codebook, outliers))):
+        objectives[stage] = row_objective(weight, look_up(codes, codebook, weight, outliers), hessian)
     return Solution(codes, codebook.to(spec.codebook_dtype), objectives)
 
 
@@ -37,19 +37,21 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     return 4 * groups * inputs**2 + max(12 * inputs**2, 30 * groups * rows * inputs)
 
 
-def sweep(weight: Tensor, hessian: Tensor, codebook: Tensor) -> Tensor:
+def sweep(weight: Tensor, hessian: Tensor, codebook: Tensor, outliers: Tensor | None = None) -> Tensor:
     """Codes of ``weight [G, R, K]`` after one sweep, uint8 ``[G, R, K]``.
 
     Args:
         weight, hessian: As for :func:`solve`.
         codebook: Ascending, ``[G, R, L]``, any spacing.
+        outliers: Weights whose errors are zero, bool ``[G, R, K]``.
     """
     order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     factor = torch.empty_like(hessian)
     for group, places in enumerate(order):
         factor[group] = _factor(hessian[group], places)
     places = order.unsqueeze(1).expand_as(weight)
-    problem = Problem(weight.gather(-1, places), factor, pieces=False)
+    ordered = None if outliers is None else outliers.gather(-1, places)
+    problem = Problem(weight.gather(-1, places), factor, ordered, pieces=False)
     quantized = problem.weight.clone()
     problem.descend(quantized, codebook, cycles=1)
     codes = nearest(codebook, quantized.mT)

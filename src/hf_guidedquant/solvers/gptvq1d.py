@@ -10,12 +10,12 @@ from . import gptq, kmeans, lnq
 from .base import Solution, SolverSpec, round_codebook
 
 
-def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` (symmetric, positive diagonal)."""
-    codes, centroids = kmeans.cluster(weight, hessian.diagonal(dim1=-2, dim2=-1), spec)
+    codes, centroids = kmeans.cluster(weight, hessian.diagonal(dim1=-2, dim2=-1), spec, outliers)
     codebook = round_codebook(centroids, spec.codebook_dtype)
-    swept_codes = gptq.sweep(weight, hessian, codebook)
-    problem = lnq.Problem(weight, hessian)
+    swept_codes = gptq.sweep(weight, hessian, codebook, outliers)
+    problem = lnq.Problem(weight, hessian, outliers)
     start = problem.state(codes.mT.contiguous(), codebook)
     swept = problem.state(swept_codes.mT.contiguous(), codebook)
     fitted = problem.fit_codebook(swept)

@@ -9,7 +9,7 @@ weights with running sums a Lloyd iteration costs one binary search per centroid
 import torch
 from torch import Tensor
 
-from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
+from .base import Solution, SolverSpec, look_up, nearest, round_codebook, row_objective, without
 
 # Runs of the sorted weights that dynamic programming groups into clusters.
 _RUNS = 48
@@ -17,12 +17,12 @@ _RUNS = 48
 _CHUNK = 1 << 24
 
 
-def solve(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> Solution:
+def solve(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under per-input importance ``diagonal [G, K]`` (None: all equal)."""
-    codes, codebook = cluster(weight, diagonal, spec)
+    codes, codebook = cluster(weight, diagonal, spec, outliers)
     codebook = round_codebook(codebook, spec.codebook_dtype)
     codes = nearest(codebook, weight)
-    objective = row_objective(weight, codebook.gather(-1, codes.long()), diagonal)
+    objective = row_objective(weight, look_up(codes, codebook, weight, outliers), diagonal)
     return Solution(codes, codebook.to(spec.codebook_dtype), {"kmeans": objective})
 
 
@@ -32,13 +32,16 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     return 8 * groups * rows * inputs + together * (53 * _RUNS**2 + 70 * inputs)
 
 
-def cluster(weight: Tensor, diagonal: Tensor | None, spec: SolverSpec) -> tuple[Tensor, Tensor]:
+def cluster(
+    weight: Tensor, diagonal: Tensor | None, spec: SolverSpec, outliers: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes uint8 ``[G, R, K]`` and ascending centroids ``[G, R, 2**bits]`` in weight's dtype, not yet rounded."""
     groups, rows, inputs = weight.shape
     if diagonal is None:
         diagonal = weight.new_ones(groups, inputs)
-    importance = diagonal.unsqueeze(1).expand_as(weight).reshape(-1, inputs)
-    flat = weight.reshape(-1, inputs)
+    every_row = diagonal.unsqueeze(1).expand_as(weight)
+    importance = (every_row if outliers is None else every_row.masked_fill(outliers, 0)).reshape(-1, inputs)
+    flat = without(outliers, weight).reshape(-1, inputs)
     step = _rows_per_chunk(inputs)
     centroids = [
         _cluster_rows(flat[i : i + step], importance[i : i + step], spec.levels, spec.kmeans_iterations)

@@ -47,14 +47,14 @@ class State:
         )
 
 
-def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec) -> Solution:
+def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` (symmetric, positive diagonal).
 
     From the weighted k-means, ``lnq_iterations`` times: assign, fit the codebook. Then the codebook is rounded to the
     dtype it is stored in and the codes are assigned once more, so that what is saved is stationary.
     """
-    problem = Problem(weight, hessian)
-    codes, codebook = kmeans.cluster(weight, problem.diagonal, spec)
+    problem = Problem(weight, hessian, outliers)
+    codes, codebook = kmeans.cluster(weight, problem.diagonal, spec, outliers)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
     best = start
     for _ in range(spec.lnq_iterations):
@@ -78,11 +78,13 @@ def memory(groups: int, rows: int, inputs: int) -> int:
 class Problem:
     """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply.
 
-    ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
+    ``outliers``, bool ``[G, R, K]``, are weights whose errors are zero: they pull at no other, belong to no codeword
+    and do not move. ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, pieces: bool = True) -> None:
+    def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None, pieces: bool = True) -> None:
         self.weight = weight.mT.contiguous()
+        self.outliers = None if outliers is None else outliers.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         self.inverse = (1 / self.diagonal).contiguous()
@@ -91,23 +93,31 @@ class Problem:
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
 
     def state(self, codes: Tensor, codebook: Tensor) -> State:
-        error = _look_up(codes, codebook).sub_(self.weight)
+        error = self.quantized(codes, codebook).sub_(self.weight)
         operand = self.product.operand(error)
         objective = error.new_zeros(error.shape[0], error.shape[2], dtype=torch.float64)
         for panel in _panels(error.shape[1]):
             objective += (error[:, panel] * self.product.rows(panel, operand)).sum(dim=1, dtype=torch.float64)
         return State(codes, codebook, objective)
 
+    def quantized(self, codes: Tensor, codebook: Tensor) -> Tensor:
+        """Quantized weights ``[G, K, R]``; outliers are as they were."""
+        found = _look_up(codes, codebook)
+        return found if self.outliers is None else torch.where(self.outliers, self.weight, found)
+
     def assign(self, state: State, cycles: int) -> State:
         """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""
-        quantized = _look_up(state.codes, state.codebook)
+        quantized = self.quantized(state.codes, state.codebook)
         self.descend(quantized, state.codebook, cycles)
         codes = nearest(state.codebook, quantized.mT).mT.contiguous()
         del quantized
         return self.state(codes, state.codebook)
 
     def descend(self, quantized: Tensor, codebook: Tensor, cycles: int) -> None:
-        """Take all inputs of ``quantized [G, K, R]``, in place, to entries of ``codebook [G, R, L]``, as `assign`."""
+        """Take all inputs of ``quantized [G, K, R]``, in place, to entries of ``codebook [G, R, L]``, as `assign`.
+
+        Outliers stay where they are.
+        """
         codebook = codebook.mT.contiguous()
         error = self.product.operand(quantized - self.weight)
         for _ in range(cycles):
@@ -129,7 +139,7 @@ class Problem:
         for start in range(panel.start, panel.stop, BLOCK):
             block = slice(start, min(start + BLOCK, panel.stop))
             offset = start - panel.start
-            change = descend(self.hessian, self.inverse, pull, quantized, codebook, block, offset)
+            change = descend(self.hessian, self.inverse, pull, quantized, codebook, block, offset, self.outliers)
             if block.stop < panel.stop:
                 beside = self.hessian[:, block.stop : panel.stop, block]
                 pull[:, offset + BLOCK :].baddbmm_(beside, change)
@@ -143,13 +153,16 @@ class Problem:
         codes, codebook = state.codes.mT.contiguous(), state.codebook  # [G, R, K], [G, R, L]
         groups, rows, inputs = codes.shape
         levels = codebook.shape[-1]
-        error = _look_up(state.codes, codebook).sub_(self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
+        error = self.quantized(state.codes, codebook).sub_(self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
+        inliers = None if self.outliers is None else ~self.outliers.mT.unsqueeze(2)  # [G, R, 1, K]
         entries = torch.arange(levels, device=codes.device).unsqueeze(-1)
         fitted = torch.empty_like(codebook)
         step = max(1, _CHUNK // (groups * inputs * levels))
         for i in range(0, rows, step):
             part = slice(i, i + step)
             one_hot = codes[:, part].unsqueeze(2) == entries  # Pᵀ: [G, r, L, K]
+            if inliers is not None:
+                one_hot &= inliers[:, part]
             curved = self.product.one_hot(one_hot.flatten(1, 2)).view(one_hot.shape)  # Pᵀ H
             normal = (curved @ one_hot.to(curved.dtype).mT).double()  # [G, r, L, L]
             right = (curved @ error[:, part]).double()  # [G, r, L, 1]
@@ -162,7 +175,14 @@ class Problem:
 
 
 def _descend(
-    hessian: Tensor, inverse: Tensor, pull: Tensor, quantized: Tensor, codebook: Tensor, block: slice, offset: int
+    hessian: Tensor,
+    inverse: Tensor,
+    pull: Tensor,
+    quantized: Tensor,
+    codebook: Tensor,
+    block: slice,
+    offset: int,
+    outliers: Tensor | None = None,
 ) -> Tensor:
     """As :func:`.descent.descend`, in plain torch, for any device and dtype."""
     midpoints = (codebook[:, 1:] + codebook[:, :-1]) / 2
@@ -175,6 +195,8 @@ def _descend(
         target = quantized[:, j] - slope * inverse[:, j : j + 1]
         code = (target.unsqueeze(1) > midpoints).sum(dim=1, keepdim=True)
         value = codebook.gather(1, code).squeeze(1)
+        if outliers is not None:
+            value = torch.where(outliers[:, j], quantized[:, j], value)
         torch.sub(value, quantized[:, j], out=change[:, done])
         quantized[:, j] = value
     return change

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import Solution, SolverSpec, nearest, round_codebook, row_objective
+from .base import Solution, SolverSpec, look_up, nearest, round_codebook, row_objective, without
 
 
 def memory(groups: int, rows: int, inputs: int) -> int:
@@ -11,11 +11,11 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     return 24 * groups * rows * inputs
 
 
-def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
+def solve(weight: Tensor, statistics: Tensor | None, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` to ``2**bits`` evenly spaced values per row."""
-    codebook = grid(weight, spec)
+    codebook = grid(without(outliers, weight), spec)
     codes = nearest(codebook, weight)
-    objective = row_objective(weight, codebook.gather(-1, codes.long()), statistics)
+    objective = row_objective(weight, look_up(codes, codebook, weight, outliers), statistics)
     return Solution(codes, codebook.to(spec.codebook_dtype), {"rtn": objective})
 
 

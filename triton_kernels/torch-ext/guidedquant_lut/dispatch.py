@@ -5,23 +5,37 @@ from torch import Tensor
 
 from . import reference
 from .backend import backend_for
+from .reference import Overlay, add_overlay
 from .tiles import unpack_tiles
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _TENSOR_CORE_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` with the codes of W as bit-planes."""
+def linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay) -> Tensor:
+    """``x @ W.T + bias`` with the codes of W as bit-planes, and maybe an overlay."""
     if x.dtype in _KERNEL_DTYPES and x.numel() and backend_for(x.device) != "torch":
         from . import portable
 
-        return portable.lut_linear(x, weight, lut, bias)
-    return reference.lut_linear(x, weight, lut, bias)
+        return add_sparse_product(portable.lut_linear(x, weight, lut, bias), x, overlay)
+    return reference.lut_linear(x, weight, lut, bias, overlay)
 
 
-def dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """W with its codes as bit-planes."""
+def add_sparse_product(y: Tensor, x: Tensor, overlay: Overlay) -> Tensor:
+    """``y``, to which the product with the overlay is added in place; for activations that have kernels."""
+    if overlay is not None:
+        from . import sparse
+
+        sparse.add_product(y, x, *overlay)
+    return y
+
+
+def dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype, overlay: Overlay = None) -> Tensor:
+    """W with its codes as bit-planes, and maybe an overlay."""
+    return add_overlay(_dequantize(weight, lut, in_features, dtype), overlay)
+
+
+def _dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     if dtype in _KERNEL_DTYPES and weight.numel() and backend_for(weight.device) != "torch":
         from . import portable
 
@@ -29,18 +43,24 @@ def dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype
     return reference.lut_dequantize(weight, lut, in_features, dtype)
 
 
-def linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` with the codes of W as tiles."""
+def linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay) -> Tensor:
+    """``x @ W.T + bias`` with the codes of W as tiles, and maybe an overlay."""
     if x.dtype in _TENSOR_CORE_DTYPES and x.numel() and tiles.numel() and backend_for(x.device) == "tensor_core":
         from . import tensor_core
 
-        return tensor_core.linear(x, tiles, lut, bias)
-    dense = dequantize_tiled(tiles, lut, x.shape[-1], x.dtype)
+        return tensor_core.linear(x, tiles, lut, bias, overlay)
+    dense = dequantize_tiled(tiles, lut, x.shape[-1], x.dtype, overlay)
     return torch.nn.functional.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
 
-def dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """W with its codes as tiles."""
+def dequantize_tiled(
+    tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype, overlay: Overlay = None
+) -> Tensor:
+    """W with its codes as tiles, and maybe an overlay."""
+    return add_overlay(_dequantize_tiled(tiles, lut, in_features, dtype), overlay)
+
+
+def _dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     if tiles.numel() and backend_for(tiles.device) == "tensor_core":
         from . import tensor_core
 
@@ -48,7 +68,7 @@ def dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.
             return tensor_core.dequantize(tiles, lut, in_features, dtype)
         if lut.dtype in _TENSOR_CORE_DTYPES:
             return tensor_core.dequantize(tiles, lut, in_features, lut.dtype).to(dtype)
-    return dequantize(unpack_tiles(tiles, lut.shape[0], in_features), lut, in_features, dtype)
+    return _dequantize(unpack_tiles(tiles, lut.shape[0], in_features), lut, in_features, dtype)
 
 
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

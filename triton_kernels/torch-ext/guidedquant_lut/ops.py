@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .reference import words_per_row
+from .reference import Overlay, words_per_row
 from .tiles import TILED_BITS, tiles_shape
 
 try:  # written by the Hub kernel builder, absent in an ordinary install
@@ -64,18 +64,41 @@ def _check_tiles(tiles: Tensor, lut: Tensor, in_features: int) -> None:
     )
 
 
+def _check_overlay(values: Tensor | None, columns: Tensor | None, rows: int) -> Overlay:
+    """Both or none. Which columns they are is not looked at, because a GPU would have to be waited for."""
+    if values is None or columns is None:
+        torch._check(values is columns, lambda: "overlay_values and overlay_columns belong together")
+        return None
+    torch._check(values.is_floating_point(), lambda: f"overlay_values must be floating point, got {values.dtype}")
+    torch._check(
+        columns.dtype in (torch.int16, torch.int32),
+        lambda: f"overlay_columns must be int16 or int32, got {columns.dtype}",
+    )
+    torch._check(
+        values.dim() == 2 and values.shape[0] == rows and values.shape == columns.shape,
+        lambda: (
+            f"overlay_values and overlay_columns must be [{rows}, n], "
+            f"got {tuple(values.shape)} and {tuple(columns.shape)}"
+        ),
+    )
+    return values, columns
+
+
 def _define(
     suffix: str,
     check_weight: Callable[[Tensor, Tensor, int], None],
-    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
-    dequantize: Callable[[Tensor, Tensor, int, torch.dtype], Tensor],
+    linear: Callable[[Tensor, Tensor, Tensor, Tensor | None, Overlay], Tensor],
+    dequantize: Callable[[Tensor, Tensor, int, torch.dtype, Overlay], Tensor],
 ) -> None:
     """Define both ops of a layout."""
     names = [f"lut_linear{suffix}", f"lut_dequantize{suffix}"]
-    _library.define(f"{names[0]}(Tensor x, Tensor weight, Tensor lut, Tensor? bias) -> Tensor")
-    _library.define(f"{names[1]}(Tensor weight, Tensor lut, int in_features, ScalarType dtype) -> Tensor")
+    overlay = "Tensor? overlay_values=None, Tensor? overlay_columns=None"
+    _library.define(f"{names[0]}(Tensor x, Tensor weight, Tensor lut, Tensor? bias, {overlay}) -> Tensor")
+    _library.define(f"{names[1]}(Tensor weight, Tensor lut, int in_features, ScalarType dtype, {overlay}) -> Tensor")
 
-    def check_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> None:
+    def check_linear(
+        x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None, values: Tensor | None, columns: Tensor | None
+    ) -> Overlay:
         torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
         torch._check(x.dim() >= 1, lambda: "x must be [..., in_features]")
         check_weight(weight, lut, x.shape[-1])
@@ -84,47 +107,84 @@ def _define(
                 bias.dim() == 1 and bias.shape[0] == lut.shape[0],
                 lambda: f"bias must be [{lut.shape[0]}], got {tuple(bias.shape)}",
             )
+        return _check_overlay(values, columns, lut.shape[0])
 
-    def run_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-        check_linear(x, weight, lut, bias)
+    def run_linear(
+        x: Tensor,
+        weight: Tensor,
+        lut: Tensor,
+        bias: Tensor | None,
+        values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        overlay = check_linear(x, weight, lut, bias, values, columns)
         if torch.is_autocast_enabled(x.device.type):
             # Autocast would change the product's dtype behind the schema's back.
             with torch.autocast(x.device.type, enabled=False):
-                result = linear(x, weight, lut, bias)
+                result = linear(x, weight, lut, bias, overlay)
         else:
-            result = linear(x, weight, lut, bias)
+            result = linear(x, weight, lut, bias, overlay)
         # torch's own product is a view of another result at times, and then could not be changed in place by its user.
         return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
 
-    def fake_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-        check_linear(x, weight, lut, bias)
+    def fake_linear(
+        x: Tensor,
+        weight: Tensor,
+        lut: Tensor,
+        bias: Tensor | None,
+        values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        check_linear(x, weight, lut, bias, values, columns)
         return x.new_empty(*x.shape[:-1], lut.shape[0])
 
-    def check_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> None:
+    def check_dequantize(
+        weight: Tensor,
+        lut: Tensor,
+        in_features: int,
+        dtype: torch.dtype,
+        values: Tensor | None,
+        columns: Tensor | None,
+    ) -> Overlay:
         torch._check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
         check_weight(weight, lut, in_features)
+        return _check_overlay(values, columns, lut.shape[0])
 
-    def run_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        check_dequantize(weight, lut, in_features, dtype)
-        return dequantize(weight, lut, in_features, dtype)
+    def run_dequantize(
+        weight: Tensor,
+        lut: Tensor,
+        in_features: int,
+        dtype: torch.dtype,
+        values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        overlay = check_dequantize(weight, lut, in_features, dtype, values, columns)
+        return dequantize(weight, lut, in_features, dtype, overlay)
 
-    def fake_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        check_dequantize(weight, lut, in_features, dtype)
+    def fake_dequantize(
+        weight: Tensor,
+        lut: Tensor,
+        in_features: int,
+        dtype: torch.dtype,
+        values: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        check_dequantize(weight, lut, in_features, dtype, values, columns)
         return lut.new_empty(lut.shape[0], in_features, dtype=dtype)
 
     def save_for_backward(ctx, inputs, output) -> None:
-        x, weight, lut, _ = inputs
-        ctx.save_for_backward(weight, lut)
+        x, weight, lut, _, values, columns = inputs
+        ctx.save_for_backward(weight, lut, values, columns)
         ctx.in_features = x.shape[-1]
 
     def backward(ctx, grad: Tensor):
-        """Gradients of x and the bias; codes and codebooks are constants here."""
-        weight, lut = ctx.saved_tensors
+        """Gradients of x and the bias; codes, codebooks and overlays are constants here."""
+        weight, lut, values, columns = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad @ getattr(_ops, names[1])(weight, lut, ctx.in_features, grad.dtype)
+            grad_x = grad @ getattr(_ops, names[1])(weight, lut, ctx.in_features, grad.dtype, values, columns)
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0) if ctx.needs_input_grad[3] else None
-        return grad_x, None, None, grad_bias
+        return grad_x, None, None, grad_bias, None, None
 
     for name, run, fake in zip(names, (run_linear, run_dequantize), (fake_linear, fake_dequantize), strict=True):
         _library.impl(name, run, "CompositeExplicitAutograd")
@@ -146,7 +206,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: flo
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
+def lut_linear(
+    x: Tensor,
+    weight: Tensor,
+    lut: Tensor,
+    bias: Tensor | None = None,
+    overlay_values: Tensor | None = None,
+    overlay_columns: Tensor | None = None,
+) -> Tensor:
     """Multiply activations with a quantized matrix.
 
     Args:
@@ -154,6 +221,9 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = Non
         weight: Codes as bit-planes, int32 ``[bits, N, ceil(K / 32)]`` (see :func:`pack_codes`).
         lut: Codebook of every row, floating point ``[N, 2**bits]``. Converted to x's dtype.
         bias: ``[N]`` or None.
+        overlay_values: What is added to the codewords of the outliers, so many in every row: floating point ``[N, n]``.
+        overlay_columns: Their inputs, int16 or int32 ``[N, n]``, ascending, each from 0 to K - 1. Whoever reads them
+            from a file checks that, for a kernel does not.
 
     Returns:
         ``[..., N]`` in x's dtype, products summed in at least fp32.
@@ -161,22 +231,36 @@ def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None = Non
     Raises:
         RuntimeError: Shapes or dtypes do not fit together.
     """
-    return _ops.lut_linear(x, weight, lut, bias)
+    return _ops.lut_linear(x, weight, lut, bias, overlay_values, overlay_columns)
 
 
-def lut_linear_tiled(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None = None) -> Tensor:
+def lut_linear_tiled(
+    x: Tensor,
+    tiles: Tensor,
+    lut: Tensor,
+    bias: Tensor | None = None,
+    overlay_values: Tensor | None = None,
+    overlay_columns: Tensor | None = None,
+) -> Tensor:
     """:func:`lut_linear` with the codes as tiles, int32 ``[ceil(N / 16), ceil(K / 128), 64 bits]``, of 2, 3 or 4 bits.
 
     On NVIDIA GPUs from sm_80 on, products of fp16 and bf16 activations run on tensor cores (see README.md). The tiles
     and the codebook may then be read before kernels that are running on the stream have ended: call :func:`settle`
     after writing them.
     """
-    return _ops.lut_linear_tiled(x, tiles, lut, bias)
+    return _ops.lut_linear_tiled(x, tiles, lut, bias, overlay_values, overlay_columns)
 
 
-def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """The dense matrix ``[N, in_features]`` in ``dtype``, on the device of ``weight``."""
-    return _ops.lut_dequantize(weight, lut, in_features, dtype)
+def lut_dequantize(
+    weight: Tensor,
+    lut: Tensor,
+    in_features: int,
+    dtype: torch.dtype,
+    overlay_values: Tensor | None = None,
+    overlay_columns: Tensor | None = None,
+) -> Tensor:
+    """The dense matrix ``[N, in_features]`` in ``dtype``, on the device of ``weight``, with its overlay, if any."""
+    return _ops.lut_dequantize(weight, lut, in_features, dtype, overlay_values, overlay_columns)
 
 
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -196,6 +280,13 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     return _ops.decode_attention(query, key, value, mask, scale)
 
 
-def lut_dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+def lut_dequantize_tiled(
+    tiles: Tensor,
+    lut: Tensor,
+    in_features: int,
+    dtype: torch.dtype,
+    overlay_values: Tensor | None = None,
+    overlay_columns: Tensor | None = None,
+) -> Tensor:
     """:func:`lut_dequantize` with the codes as tiles."""
-    return _ops.lut_dequantize_tiled(tiles, lut, in_features, dtype)
+    return _ops.lut_dequantize_tiled(tiles, lut, in_features, dtype, overlay_values, overlay_columns)

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORD_BITS = 32
+# Values ``[N, n]`` and columns ``[N, n]`` of outliers, ascending in every row: what is added to a matrix ``[N, K]``.
+Overlay = tuple[Tensor, Tensor] | None
+
 # Weights to expand at a time, so that unpacking never needs much more memory than its result.
 _CHUNK = 1 << 24
 
@@ -72,7 +75,18 @@ def lut_dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.d
     return dense
 
 
-def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ dequantized.T + bias`` in x's dtype: ``[..., K] -> [..., N]``."""
-    dense = lut_dequantize(weight, lut, x.shape[-1], x.dtype)
+def add_overlay(dense: Tensor, overlay: Overlay) -> Tensor:
+    """``dense [N, K]``, to which the overlay is added in place; every sum is rounded once."""
+    if overlay is not None:
+        values, places = overlay[0], overlay[1].long()
+        wide = torch.promote_types(dense.dtype, torch.float32)
+        sums = dense.gather(1, places).to(wide) + values.to(wide)
+        # No column stands twice in a row, so nothing is written twice.
+        dense.scatter_(1, places, sums.to(dense.dtype))
+    return dense
+
+
+def lut_linear(x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay = None) -> Tensor:
+    """``x @ (dequantized + overlay).T + bias`` in x's dtype: ``[..., K] -> [..., N]``."""
+    dense = add_overlay(lut_dequantize(weight, lut, x.shape[-1], x.dtype), overlay)
     return F.linear(x, dense, None if bias is None else bias.to(x.dtype))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .backend import launching_on
 from .configs import Config, MatrixConfig, VectorConfig, choose
-from .reference import lut_dequantize, pack_codes
+from .reference import Overlay, add_overlay, lut_dequantize, pack_codes
+from .sparse import add_product
 from .tile_kernels import add_splits_kernel, dequantize_kernel, matrix_kernel, vector_kernel
 from .tiles import pack_tiles
 
@@ -19,8 +20,8 @@ logger = logging.getLogger(__name__)
 _DENSE_ROWS = 4096
 
 
-def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ W.T + bias`` for fp16 and bf16 activations ``[..., K]``: ``[..., N]``."""
+def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay = None) -> Tensor:
+    """``x @ (W + overlay).T + bias`` for fp16 and bf16 activations ``[..., K]``: ``[..., N]``."""
     rows, inputs = lut.shape[0], x.shape[-1]
     flat = x.reshape(-1, inputs)
     result = x.new_empty(*x.shape[:-1], rows)
@@ -28,9 +29,11 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None) -> Tensor
     config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     with launching_on(x.device):
         if config is None:
-            linear_by_chunks(flat, tiles, lut, bias, y)
+            linear_by_chunks(flat, tiles, lut, bias, y, overlay)
         else:
             launch(_aligned(flat), tiles, lut, bias, y, config)
+            if overlay is not None:
+                add_product(y, flat, *overlay)
     return result
 
 
@@ -97,7 +100,9 @@ def _launch_dequantize(tiles: Tensor, lut: Tensor, dense: Tensor) -> None:
     )  # fmt: skip
 
 
-def linear_by_chunks(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def linear_by_chunks(
+    x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, overlay: Overlay = None
+) -> None:
     """Expand some rows and multiply them with a dense product, over and over in one buffer."""
     padded = -(-x.shape[1] // 8) * 8
     x = F.pad(x, (0, padded - x.shape[1])) if padded != x.shape[1] else x
@@ -107,6 +112,7 @@ def linear_by_chunks(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None,
         rows = slice(16 * start, min(16 * (start + step), lut.shape[0]))
         dense = buffer[: rows.stop - rows.start]
         _launch_dequantize(tiles[start : start + step], lut[rows], dense)
+        add_overlay(dense, None if overlay is None else (overlay[0][rows], overlay[1][rows]))
         if bias is None:
             torch.mm(x, dense.mT, out=y[:, rows])
         else:

@@ -172,7 +172,9 @@ def preflight(
     wrong = [
         f"{name} (expected {_describe(expected[name])}, got {_describe(found[name])})"
         for name in sorted(expected.keys() & found.keys())
-        if not _fits(found[name], expected[name], same_dtype=name in quantized and not name.endswith(".bias"))
+        if not _fits(
+            found[name], expected[name], same_dtype=name in quantized and not name.endswith((".bias", ".scale"))
+        )
     ]
     if missing or extra or wrong:
         raise TensorMismatchError(missing, extra, wrong)
@@ -192,7 +194,7 @@ def _describe(spec: TensorSpec) -> str:
 
 
 def check_codebooks(model: nn.Module) -> None:
-    """Refuse a loaded model with NaN or infinite codebooks or biases in quantized layers.
+    """Refuse a loaded model with NaN or infinite codebooks, biases or scales in quantized layers.
 
     Raises:
         NonFiniteTensorError: Naming the layers.
@@ -201,7 +203,7 @@ def check_codebooks(model: nn.Module) -> None:
     for name, module in quantized_modules(model).items():
         # An offloaded layer's tensors are elsewhere until they are used.
         with align_module_device(module):
-            floats = [tensor for tensor in (module.lut, module.bias) if tensor is not None]
+            floats = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
             if not all(torch.isfinite(tensor).all() for tensor in floats):
                 bad.append(name)
     if bad:

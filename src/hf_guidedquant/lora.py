@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
 
 from .errors import AdapterError
-from .nn import GuidedLinear, quantized_modules
+from .linears import vocabulary_layers
+from .nn import GuidedEmbedding, GuidedLinear, quantized_modules
 
 # Ways to begin an adapter that do not look at the dense weight of its layer.
 _BLIND_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
@@ -22,8 +23,10 @@ class GuidedLoraLinear(Linear):
     comes out, ``[..., in_features] -> [..., out_features]``, keeps its dtype.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, GuidedEmbedding):
+            raise AdapterError("Quantized embeddings take no adapters. Leave them out of target_modules.")
+        super().__init__(base_layer, *args, **kwargs)
         # GPT-2's layers are transposed when they are dense; quantized ones never are.
         self.fan_in_fan_out = False
 
@@ -54,7 +57,10 @@ class GuidedLoraModel(LoraModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             # peft itself finds the layers that have adapters already.
-            peft_config.target_modules |= {name for name in quantized if not name.endswith(".base_layer")}
+            vocabulary = vocabulary_layers(model)
+            peft_config.target_modules |= {
+                name for name in quantized if name not in vocabulary and not name.endswith(".base_layer")
+            }
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

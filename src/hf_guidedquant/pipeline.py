@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
@@ -35,8 +35,8 @@ from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
-from .linears import size_of, stored_weight, tensors_of
-from .nn import GuidedLinear, quantized_modules, replace_module
+from .linears import linear_shape, size_of, stored_weight, tensors_of, vocabulary_layers
+from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
 from .plan import LayerPlan, Plan, plan_layers
 from .report import Report
 from .resources import free_memory, reproducible
@@ -75,6 +75,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     check_model(model)
     layers_plan = plan_layers(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
+    embeddings = _embeddings(model, layers_plan)
     seconds: dict[str, float] = {}
     with (
         reproducible(),
@@ -120,6 +121,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
                     calibration.rows,
                     layers,
                     how,
+                    embeddings=None if embeddings is None else _quantized(model, *embeddings, layers),
                     seed=config.seed,
                     place=place_for(config),
                     workers=workers,
@@ -129,17 +131,60 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     summary.reconstruction = reconstruction
     config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
     config.provenance = _provenance(model, config, calibration)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    _swap(model, layers_plan, finished, embeddings, config)
     summary.settings = config.to_dict()
-    for layer in layers_plan.layers:
-        module: Any = model.get_submodule(layer.name)
-        tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
-        replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
     if calibration is not None and (spec := config.distill_spec) is not None:
         with _timed("distillation", seconds), reproducible(), _where_work_is_done(model, config):
-            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers)
+            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers, head)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
+
+
+def _embeddings(model: Any, layers_plan: Plan) -> tuple[str, str] | None:
+    """The name of the embeddings that are to be quantized, and of the layer whose tensors they get.
+
+    Raises:
+        ModelError: They do more than to look up rows and to scale them.
+    """
+    name, head = vocabulary_layers(model)
+    planned = {layer.name for layer in layers_plan.layers}
+    if name is None:
+        return None
+    embeddings = model.get_submodule(name)
+    tied = head in planned and model.get_submodule(head).weight is embeddings.weight
+    if not (tied or name in planned):
+        return None
+    scale_of(embeddings)
+    return name, str(head) if tied else name
+
+
+def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:
+    """What takes the place of a module: its quantized form around the tensors of the layer ``source``."""
+    module: Any = model.get_submodule(name)
+    tensors = {key: tensor.to(module.weight.device) for key, tensor in layers[source].items()}
+    if isinstance(module, nn.Embedding):
+        return GuidedEmbedding.replacing(module, tensors)
+    return GuidedLinear.from_tensors(tensors, linear_shape(module)[1], module.bias)
+
+
+def _swap(
+    model: PreTrainedModel,
+    layers_plan: Plan,
+    finished: dict[str, Finished],
+    embeddings: tuple[str, str] | None,
+    config: GuidedQuantConfig,
+) -> None:
+    """Put the quantized layers where the dense ones are. Empties ``finished``."""
+    if embeddings is not None and embeddings[0] != embeddings[1]:
+        name, head = embeddings
+        config.modules[name] = dict(config.modules[head])
+        replace_module(model, name, _quantized(model, name, head, {head: finished[head][0]}))
+    for layer in layers_plan.layers:
+        tensors, _ = finished.pop(layer.name)
+        replace_module(model, layer.name, _quantized(model, layer.name, layer.name, {layer.name: tensors}))
+    tie_codes(model)
 
 
 @contextmanager

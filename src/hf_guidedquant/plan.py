@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from torch import nn
 from .config import GuidedQuantConfig, matches
 from .errors import ConfigError, NoLinearLayersError, listed
 from .formats import lut as lut_format
-from .linears import is_linear, linear_shape, stored_weight
+from .linears import is_linear, linear_shape, scaled_rows, stored_weight, vocabulary_layers
 from .solvers import SOLVERS
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,7 @@ _BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The decision about one linear layer.
+    """The decision about one linear layer, or about the embeddings, whose outputs are the vocabulary.
 
     Attributes:
         name: Module name in the model.
@@ -108,13 +107,14 @@ class Plan:
 def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     """Decide for every layer of ``model`` whether and how it is quantized.
 
-    Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules
-    share, and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such
-    as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning. What a layer
-    gets of a mean number of bits is only known from data; until then it is that number, rounded up.
+    Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head and the input embeddings are left alone
+    without ``embedding_bits``; if they are tied, the plan names the head for both. Other embeddings, weights that other
+    modules share, and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can
+    handle, such as the fused experts of mixture-of-experts models, are listed in ``skipped`` and logged as a warning.
+    What a layer gets of a mean number of bits is only known from data; until then it is that number, rounded up.
 
     Raises:
-        ConfigError: An override or exclusion matches no module.
+        ConfigError: An override or exclusion matches no module, or ``embedding_bits`` saves nothing.
         NoLinearLayersError: Nothing is left to quantize.
     """
     _check_patterns(model, config)
@@ -122,19 +122,21 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     skipped: dict[str, str] = {}
     unhandled: list[str] = []
     owners = _owners(model)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = vocabulary_layers(model)
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
             weight_name = f"{name}.{key}" if name else key
-            reason = _skip_reason(name, module, parameter, owners, config, is_head=module is head)
+            tied = name in vocabulary and set(owners[id(parameter)]) >= set(vocabulary)
+            reasons = [
+                _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary)
+                for one in dict.fromkeys((name, *(vocabulary if tied else ())))
+            ]
+            reason = next((reason for reason in reasons if reason is not None), None)
             if reason is None:
-                settings = config.for_module(name)
-                settings["bits"] = math.ceil(settings["bits"])
-                out_features, in_features = linear_shape(module)
-                groups = _groups(out_features, config.num_groups) if config.guided else 1
-                layers.append(LayerPlan(name, out_features, in_features, **settings, num_groups=groups))
+                if not (tied and name == vocabulary[0]):
+                    layers.append(_layer(name, module, config, name in vocabulary))
                 continue
             skipped[weight_name] = reason
             if reason.startswith("unsupported"):
@@ -170,20 +172,37 @@ def _skip_reason(
     parameter: nn.Parameter,
     owners: dict[int, list[str]],
     config: GuidedQuantConfig,
-    is_head: bool,
+    vocabulary: tuple[str | None, str | None],
 ) -> str | None:
-    if is_head:
+    if name == vocabulary[1] and config.embedding_bits is None:
         return "output head"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and (name != vocabulary[0] or config.embedding_bits is None):
         return "embedding"
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert or ()):
         return "modules_to_not_convert"
-    if not is_linear(module):
+    if name == vocabulary[0] and not scaled_rows(module):
+        return f"unsupported: {type(module).__name__} does more than to look up rows and to scale them"
+    if name != vocabulary[0] and not is_linear(module):
         return f"unsupported: {type(module).__name__} is no plain linear layer"
-    shared = [owner for owner in owners[id(parameter)] if owner != name]
+    partners = vocabulary if name in vocabulary else (name,)
+    shared = [owner for owner in owners[id(parameter)] if owner != name and owner not in partners]
     if shared:
         return f"weight is shared with {', '.join(shared)}"
     return None
+
+
+def _layer(name: str, module: nn.Module, config: GuidedQuantConfig, vocabulary: bool) -> LayerPlan:
+    settings = config.for_module(name, vocabulary)
+    settings["bits"] = math.ceil(settings["bits"])
+    out_features, in_features = linear_shape(module)
+    groups = _groups(out_features, config.num_groups) if config.guided else 1
+    if isinstance(module, nn.Embedding) and SOLVERS[settings["method"]].statistics != "none":
+        # Nothing is multiplied with the rows, so there is no Hessian.
+        settings["method"] = "kmeans"
+    layer = LayerPlan(name, out_features, in_features, **settings, num_groups=groups)
+    if vocabulary and layer.packed_bytes >= 2 * layer.weights:
+        raise ConfigError("embedding_bits", layer.bits, f"fewer: codebooks for {in_features} weights each save nothing")
+    return layer
 
 
 def _groups(out_features: int, num_groups: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..nn import quantized_modules
+from ..nn import without_copies
 from ..report import align, megabytes
 from .speed import DecodeSpeed
 
@@ -49,7 +49,7 @@ class Measurement:
 
 def bits_per_weight(model: Any) -> float:
     """Mean bits per quantized weight, codebooks included; without such weights, the width of the model's dtype."""
-    layers = quantized_modules(model).values()
+    layers = without_copies(model).values()
     if not layers:
         return float(torch.finfo(model.dtype).bits)
     nbytes = sum(layer.weight.nbytes + layer.lut.nbytes for layer in layers)

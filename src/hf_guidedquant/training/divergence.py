@@ -1,6 +1,7 @@
 """How far a model's predictions are from the original's, which is there as its last hidden states.
 
-The output head is not quantized, so it makes the original's logits of them again: one model in memory is enough.
+The original's output head makes its logits of them again: one model in memory is enough, and that head, where the
+model's own is quantized.
 """
 
 from collections.abc import Sequence
@@ -63,14 +64,16 @@ class Divergence:
     """KL(original ‖ model) in nats.
 
     Attributes:
-        model: A causal language model with the original's output head.
+        model: A causal language model.
         rows: Token ids, int64 ``[T]`` each.
         states: The original's :func:`teacher_states` of the same rows.
+        head: The original's output head; None if it is the model's.
     """
 
     model: Any
     rows: Sequence[Tensor]
     states: Sequence[Tensor]
+    head: Any = None
 
     def usable(self) -> list[int]:
         """The rows of which the original's states are finite."""
@@ -103,14 +106,15 @@ class Divergence:
         hidden, _ = _run(self.model, [self.rows[index] for index in stack])
         original = torch.cat([self.states[index] for index in stack]).to(hidden.device)
         pieces = zip(hidden.split(_LOGIT_TOKENS), original.split(_LOGIT_TOKENS), strict=True)
-        summed = partial(checkpoint, _summed_kl, self.model, use_reentrant=False, preserve_rng_state=False)
+        summed = partial(checkpoint, _summed_kl, self.model, self.head, use_reentrant=False, preserve_rng_state=False)
         return torch.stack([summed(*piece) for piece in pieces]).sum()
 
 
-def _summed_kl(model: Any, hidden: Tensor, original: Tensor) -> Tensor:
-    ours = _log_probabilities(model, hidden)
+def _summed_kl(model: Any, head: Any, hidden: Tensor, original: Tensor) -> Tensor:
+    own = model.get_output_embeddings()
+    ours = _log_probabilities(model, own, hidden)
     with torch.no_grad():
-        theirs = _log_probabilities(model, original)
+        theirs = _log_probabilities(model, own if head is None else head, original)
     return F.kl_div(ours, theirs, reduction="sum", log_target=True)
 
 
@@ -135,15 +139,15 @@ def _run(model: Any, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return seen[0].flatten(0, 1), logits[0]
 
 
-def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
-    logits = _logits(model, hidden)
+def _log_probabilities(model: Any, head: Any, hidden: Tensor) -> Tensor:
+    logits = _logits(model, head, hidden)
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    """The head's logits, and what some models do to them afterwards, by the settings that say so."""
+def _logits(model: Any, head: Any, hidden: Tensor) -> Tensor:
+    """A head's logits, and what some models do to them afterwards, by the settings that say so."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
+    logits = head(hidden)
     if (factor := getattr(config, "logit_scale", None)) is not None:
         logits = logits * factor
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -154,7 +158,7 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _check_logits(model: Any, hidden: Tensor, logits: Tensor) -> None:
-    ours, theirs = _logits(model, hidden).float(), logits.float()
+    ours, theirs = _logits(model, model.get_output_embeddings(), hidden).float(), logits.float()
     # Far above the rounding of any dtype, far below what a factor or a cap does.
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
         raise ModelError(

@@ -200,8 +200,10 @@ def _layer(name: str, module: nn.Module, config: GuidedQuantConfig, vocabulary: 
         # Nothing is multiplied with the rows, so there is no Hessian.
         settings["method"] = "kmeans"
     layer = LayerPlan(name, out_features, in_features, **settings, num_groups=groups)
-    if vocabulary and layer.packed_bytes >= 2 * layer.weights:
-        raise ConfigError("embedding_bits", layer.bits, f"fewer: codebooks for {in_features} weights each save nothing")
+    saving = [bits for bits in range(1, 9) if replace(layer, bits=bits).packed_bytes < 2 * layer.weights]
+    if vocabulary and layer.bits not in saving:
+        allowed = f"at most {max(saving)} with {in_features} weights per entry of the vocabulary" if saving else "None"
+        raise ConfigError("embedding_bits", layer.bits, f"{allowed}, for codebooks to take less than is saved")
     return layer
 
 

@@ -9,6 +9,7 @@ from ..errors import ModelError
 from ..linears import vocabulary_layers
 from .guided_embedding import GuidedEmbedding
 from .guided_linear import GuidedLinear
+from .surgery import quantized_modules
 from .tie import Tie
 
 
@@ -26,6 +27,8 @@ def tie_codes(model: Any, loaded: bool = False) -> None:
         model: Of which Transformers ties the embeddings' and the head's weights.
         loaded: Whether Transformers has tied what it found in a file, which may hold two copies that differ.
     """
+    for module in quantized_modules(model).values():
+        module.tie = None
     for source, target in tied_pairs(model):
         modules = [model.get_submodule(name) for name in (source, target)]
         modules.sort(key=lambda module: not isinstance(module, GuidedEmbedding))
@@ -33,7 +36,6 @@ def tie_codes(model: Any, loaded: bool = False) -> None:
         if not (isinstance(embedding, GuidedEmbedding) and isinstance(head, GuidedLinear)):
             continue
         if loaded and not (embedding.weight is head.weight and embedding.lut is head.lut):
-            embedding.tie = head.tie = None
             continue
         Tie(embedding, head)
         codebooks = {f"{target}.lut": f"{source}.lut"}

@@ -1,6 +1,7 @@
 """Quantized embeddings and output heads: looked up, multiplied, tied, saved, trained around."""
 
 import copy
+import importlib
 import json
 import logging
 import os
@@ -420,3 +421,20 @@ def test_push_like_saving_in_shards(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("method", ["lnq", "gptq", "kmeans"])
+def test_many_rows_are_solved_some_at_a_time(method, monkeypatch):
+    """Each row by itself, so only products of another size may round otherwise."""
+    changes = {"method": method, "num_groups": 3, "modules_to_not_convert": ["layers"]}
+    whole = quantized("llama", **changes).quantization_report.layers
+    planned = plan_layers(tiny_model("llama"), config(**changes)).layers[-1]
+    before = planned.solver_bytes()
+    monkeypatch.setattr(importlib.import_module("hf_guidedquant.plan"), "_MOST_ROWS", 10)
+    parts = quantized("llama", **changes).quantization_report.layers
+    assert planned.rows_at_once == 10
+    assert planned.solver_bytes() < before
+    for one, other in zip(whole, parts, strict=True):
+        assert one.plan == other.plan
+        for stage, value in one.objectives.items():
+            assert other.objectives[stage] == pytest.approx(value, rel=1e-3)

@@ -38,7 +38,17 @@ _INTERRUPTED = 130
 # What --speed reads before it generates: the beginning of the built-in text.
 _PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
 # Fields of GuidedQuantConfig that are options, in the order of the help.
-_PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "num_samples", "seq_len", "max_memory", "device")
+_PLAN_FIELDS = (
+    "bits",
+    "embedding_bits",
+    "method",
+    "guided",
+    "num_groups",
+    "num_samples",
+    "seq_len",
+    "max_memory",
+    "device",
+)
 _QUANTIZE_FIELDS = (
     *_PLAN_FIELDS,
     "dataset",

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Weights and Hessians of a batch. Fixed, not a share of what is free: products of another batch size can round
 # differently, and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
 _BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
+# Outputs of a group that are solved at once: more than most layers have, but a vocabulary has more.
+_MOST_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,18 @@ class LayerPlan:
 
     def solver_bytes(self, count: int = 1) -> int:
         """Working memory for solving so many layers like this together, beside their statistics."""
-        rows = -(-self.out_features // self.num_groups)
+        rows = self.rows_at_once
+        # Of the rows that wait for their turn, weights and codes.
+        waiting = 5 * count * max(0, self.out_features - rows * self.num_groups) * self.in_features
         # One layer's Hessian at a time is made fit to solve with: its copy, a factorisation, and work space.
         conditioning = 12 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
-        return max(SOLVERS[self.method].memory(count * self.num_groups, rows, self.in_features), conditioning)
+        solving = SOLVERS[self.method].memory(count * self.num_groups, rows, self.in_features) + waiting
+        return max(solving, conditioning)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Outputs of a group that are solved together; none depends on another."""
+        return min(-(-self.out_features // self.num_groups), _MOST_ROWS)
 
     def batch_size(self, device: torch.device) -> int:
         """How many layers like this are solved together at most."""

@@ -17,7 +17,7 @@ from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
 from .resources import compute_device
-from .solvers import SOLVERS, SolverSpec
+from .solvers import SOLVERS, Solution, SolverSpec
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
 from .workers import Workers
@@ -143,7 +143,10 @@ def _solve_batch(
         config.lnq_cycles,
         config.kmeans_iterations,
     )
-    solution = SOLVERS[one.method].solve(grouped, stacked, spec)
+    solutions = [
+        SOLVERS[one.method].solve(rows.contiguous(), stacked, spec) for rows in grouped.split(one.rows_at_once, dim=1)
+    ]
+    solution = solutions[0] if len(solutions) == 1 else _together(solutions)
     unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
     results = []
     for index, layer in enumerate(batch):
@@ -170,6 +173,15 @@ def _solve_batch(
             logger.warning("%s: %s.", layer.name, report.fallback)
         results.append((layer, codes, report))
     return results
+
+
+def _together(parts: Sequence[Solution]) -> Solution:
+    """The solution of all rows from those of some each."""
+    return Solution(
+        torch.cat([part.codes for part in parts], dim=1),
+        torch.cat([part.codebook for part in parts], dim=1),
+        {stage: torch.cat([part.objectives[stage] for part in parts], dim=1) for stage in parts[0].objectives},
+    )
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:

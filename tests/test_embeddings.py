@@ -19,7 +19,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.codes import Codes
 from hf_guidedquant.decoding import GraphedDecode
-from hf_guidedquant.errors import ConfigError, ModelError
+from hf_guidedquant.errors import AdapterError, ConfigError, ModelError
 from hf_guidedquant.evaluate.measurement import bits_per_weight
 from hf_guidedquant.formats import lut as lut_format
 from hf_guidedquant.inspection import inspect
@@ -438,3 +438,23 @@ def test_many_rows_are_solved_some_at_a_time(method, monkeypatch):
         assert one.plan == other.plan
         for stage, value in one.objectives.items():
             assert other.objectives[stage] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_adapters_beside_quantized_embeddings(architecture):
+    peft = pytest.importorskip("peft")
+
+    def adapted(targets):
+        return peft.get_peft_model(quantized(architecture), peft.LoraConfig(r=2, target_modules=targets))
+
+    model = adapted("all-linear")
+    adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert len(adapters) == 28
+    assert not any("lm_head" in name or "embed_tokens" in name for name in adapters)
+    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+    model = adapted(["lm_head"])
+    model(input_ids=PROMPT, labels=PROMPT).loss.backward()
+    assert [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any() and "lm_head" in n]
+    with pytest.raises(AdapterError, match="Quantized embeddings take no adapters"):
+        adapted(["q_proj", "embed_tokens"])

@@ -142,8 +142,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
             ``guided`` and a method other than ``"rtn"``.
         embedding_bits: Bits per weight of the input embeddings and the output head, 1-8: 6 lose next to nothing, 4 are
-            smaller and faster. ``None`` leaves both as they are. Where the two are tied they stay tied, in one copy that
-            is solved for the head. Refused where codebooks of ``2**embedding_bits`` values take more than is saved.
+            smaller and faster. ``None`` leaves both as they are. Where the two are tied they stay tied, in one copy
+            that is solved for the head. Refused where codebooks of ``2**embedding_bits`` values take more than is
+            saved.
         method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"gptvq1d"`` (GPTQ's sweep on
             codebooks, which are then fitted), ``"gptq"`` (the sweep on a uniform grid), ``"squeezellm"`` (weighted
             k-means), ``"kmeans"`` (unweighted) or ``"rtn"`` (uniform round-to-nearest); the last two need no data.

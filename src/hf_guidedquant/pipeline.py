@@ -35,9 +35,9 @@ from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .fingerprint import environment, model_fingerprint, versions
-from .linears import linear_shape, size_of, stored_weight, tensors_of, vocabulary_layers
+from .linears import linear_shape, size_of, stored_weight, tensors_of
 from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
-from .plan import LayerPlan, Plan, plan_layers
+from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
 from .report import Report
 from .resources import free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -75,7 +75,8 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     check_model(model)
     layers_plan = plan_layers(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
-    embeddings = _embeddings(model, layers_plan)
+    if (embeddings := quantized_embeddings(model, layers_plan.layers)) is not None:
+        scale_of(model.get_submodule(embeddings[0]))  # Raises what must not be noticed after hours of work.
     seconds: dict[str, float] = {}
     with (
         reproducible(),
@@ -140,24 +141,6 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
     return summary
-
-
-def _embeddings(model: Any, layers_plan: Plan) -> tuple[str, str] | None:
-    """The name of the embeddings that are to be quantized, and of the layer whose tensors they get.
-
-    Raises:
-        ModelError: They do more than to look up rows and to scale them.
-    """
-    name, head = vocabulary_layers(model)
-    planned = {layer.name for layer in layers_plan.layers}
-    if name is None:
-        return None
-    embeddings = model.get_submodule(name)
-    tied = head in planned and model.get_submodule(head).weight is embeddings.weight
-    if not (tied or name in planned):
-        return None
-    scale_of(embeddings)
-    return name, str(head) if tied else name
 
 
 def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:
@@ -264,7 +247,7 @@ def _summary(
         layers=[finished[layer.name][1] for layer in layers_plan.layers],
         skipped=layers_plan.skipped,
         dense_bytes=layers_plan.dense_bytes,
-        quantized_bytes=layers_plan.dense_bytes - sum(weight.nbytes for weight in weights) + packed_bytes,
+        quantized_bytes=layers_plan.quantized_bytes - sum(x.packed_bytes for x in layers_plan.layers) + packed_bytes,
         bits_per_weight=8 * packed_bytes / sum(weight.numel() for weight in weights),
         seconds=seconds,
     )

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,6 +161,20 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
 
 
+def quantized_embeddings(model: nn.Module, layers: Iterable[LayerPlan]) -> tuple[str, str] | None:
+    """The name of the embeddings that are to be quantized, and of the layer whose codes they get: their own, or a head's.
+
+    None if they stay as they are.
+    """
+    name, head = vocabulary_layers(model)
+    if name is None:
+        return None
+    planned = {layer.name for layer in layers}
+    if head in planned and model.get_submodule(str(head)).weight is model.get_submodule(name).weight:
+        return name, str(head)
+    return (name, name) if name in planned else None
+
+
 def with_bits(model: nn.Module, layers_plan: Plan, bits: Mapping[str, int]) -> Plan:
     """The plan with other widths of some layers, by name."""
     layers = [replace(layer, bits=bits.get(layer.name, layer.bits)) for layer in layers_plan.layers]
@@ -236,4 +250,7 @@ def _sizes(model: nn.Module, layers: list[LayerPlan]) -> tuple[int, int]:
     saved = 0
     for layer in layers:
         saved += stored_weight(model.get_submodule(layer.name)).nbytes - layer.packed_bytes
+    if (embeddings := quantized_embeddings(model, layers)) is not None:
+        # Their scale.
+        saved -= stored_weight(model.get_submodule(embeddings[0])).itemsize
     return dense, dense - saved

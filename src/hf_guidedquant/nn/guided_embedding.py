@@ -1,5 +1,7 @@
 """Embeddings whose rows are codes and a codebook each."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 @torch.no_grad()
-def scale_of(module: nn.Embedding) -> Tensor:
+def scale_of(module: Any) -> Tensor:
     """What dense embeddings multiply their rows with: a scalar in their dtype and on their device.
 
     Raises:

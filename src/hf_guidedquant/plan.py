@@ -162,7 +162,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
 
 
 def quantized_embeddings(model: nn.Module, layers: Iterable[LayerPlan]) -> tuple[str, str] | None:
-    """The name of the embeddings that are to be quantized, and of the layer whose codes they get: their own, or a head's.
+    """The name of the embeddings that are to be quantized, and of the layer whose codes they get.
 
     None if they stay as they are.
     """

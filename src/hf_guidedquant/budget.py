@@ -28,7 +28,7 @@ from .calibration import (
 )
 from .config import GuidedQuantConfig
 from .formats.lut import codebook_dtype
-from .linears import dense_weight
+from .linears import dense_weight, vocabulary_layers
 from .nn.fusion import SIBLINGS
 from .plan import LayerPlan, Plan, with_bits
 from .solvers import SolverSpec, kmeans
@@ -49,11 +49,15 @@ def within_budget(
     """The plan with widths whose mean is at most ``config.bits``, if that is a float; else the plan as it is.
 
     Layers that are multiplied together (q, k, v; gate, up) get the same width. Layers with ``bits`` of their own, from
-    ``config.overrides``, keep them and do not count.
+    ``config.overrides`` or ``config.embedding_bits``, keep them and do not count.
     """
     if calibration is None or not isinstance(config.bits, float):
         return layers_plan
-    layers = [layer for layer in layers_plan.layers if isinstance(config.for_module(layer.name)["bits"], float)]
+    vocabulary = vocabulary_layers(model)
+    bits_of = {
+        layer.name: config.for_module(layer.name, layer.name in vocabulary)["bits"] for layer in layers_plan.layers
+    }
+    layers = [layer for layer in layers_plan.layers if isinstance(bits_of[layer.name], float)]
     widths = _widths(config.bits)
     diagonal_only = [replace(layer, method="squeezellm") for layer in layers]
     statistics = _diagonals(model, replace(config, statistics=None), diagonal_only, calibration, workers)

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .auto import pipeline_task
 from .config import CONVERTED
 from .evaluate import bits_per_weight
-from .nn import quantized_modules
+from .nn import GuidedEmbedding, without_copies
 from .report import megabytes
 from .solvers import SOLVERS
 
@@ -21,6 +21,7 @@ _METHODS = {
     "gptvq1d": "GPTVQ-1D",
     "gptq": "GPTQ",
     "squeezellm": "SqueezeLLM (weighted k-means)",
+    "kmeans": "k-means",
     "rtn": "round to nearest",
 }
 
@@ -98,9 +99,11 @@ def _facts(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     provenance, report = settings["provenance"], getattr(model, "quantization_report", None)
     facts = {"method": _method(settings)}
     if model is not None:
-        count = len(quantized_modules(model))
+        layers = without_copies(model)
+        tables = [layer for layer in layers.values() if isinstance(layer, GuidedEmbedding)]
+        kinds = f"{len(layers) - len(tables)} linear layers" + " and the embeddings" * bool(tables)
         included = "codebooks and overlays" if settings["outliers"] else "codebooks"
-        facts["bits per weight"] = f"{bits_per_weight(model):.3f} in {count} linear layers, {included} included"
+        facts["bits per weight"] = f"{bits_per_weight(model):.3f} in {kinds}, {included} included"
         facts["size"] = megabytes(sum(tensor.nbytes for tensor in model.parameters()))
     if report is not None:
         facts["size"] += f" (before: {megabytes(report.dense_bytes)})"

@@ -174,7 +174,9 @@ def preflight(
     wrong = [
         f"{name} (expected {_describe(expected[name])}, got {_describe(found[name])})"
         for name in sorted(expected.keys() & found.keys())
-        if not _fits(found[name], expected[name], same_dtype=name in quantized and not name.endswith(".bias"))
+        if not _fits(
+            found[name], expected[name], same_dtype=name in quantized and not name.endswith((".bias", ".scale"))
+        )
     ]
     if missing or extra or wrong:
         raise TensorMismatchError(missing, extra, wrong)
@@ -204,7 +206,7 @@ def check_layers(model: nn.Module) -> None:
     for name, module in quantized_modules(model).items():
         # An offloaded layer's tensors are elsewhere until they are used.
         with align_module_device(module):
-            floats = [tensor for tensor in (module.lut, module.bias, module.overlay_values) if tensor is not None]
+            floats = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
             if not all(torch.isfinite(tensor).all() for tensor in floats):
                 bad.append(name)
             if module.overlay_columns is not None and not are_columns(module.overlay_columns, module.in_features):

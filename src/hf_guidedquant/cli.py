@@ -19,7 +19,18 @@ from .errors import GuidedQuantError
 _PROGRAM = "python -m hf_guidedquant"
 _INTERRUPTED = 130
 # Fields of GuidedQuantConfig that are options, in the order of the help.
-_PLAN_FIELDS = ("bits", "method", "guided", "num_groups", "outliers", "num_samples", "seq_len", "max_memory", "device")
+_PLAN_FIELDS = (
+    "bits",
+    "embedding_bits",
+    "method",
+    "guided",
+    "num_groups",
+    "outliers",
+    "num_samples",
+    "seq_len",
+    "max_memory",
+    "device",
+)
 _QUANTIZE_FIELDS = (
     *_PLAN_FIELDS,
     "dataset",

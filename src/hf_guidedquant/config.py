@@ -47,6 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 PERSISTED = (
     "format_version",
     "bits",
+    "embedding_bits",
     "method",
     "guided",
     "num_groups",
@@ -141,9 +142,13 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
             from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
             ``guided`` and a method other than ``"rtn"``.
+        embedding_bits: Bits per weight of the input embeddings and the output head, 1-8: 6 lose next to nothing, 4 are
+            smaller and faster. ``None`` leaves both as they are. Where the two are tied they stay tied, in one copy
+            that is solved for the head. Refused where codebooks of ``2**embedding_bits`` values take more than is
+            saved.
         method: ``"lnq"`` (layer-wise non-uniform quantization, the main method), ``"gptvq1d"`` (GPTQ's sweep on
             codebooks, which are then fitted), ``"gptq"`` (the sweep on a uniform grid), ``"squeezellm"`` (weighted
-            k-means) or ``"rtn"`` (uniform round-to-nearest, needs no data).
+            k-means), ``"kmeans"`` (unweighted) or ``"rtn"`` (uniform round-to-nearest); the last two need no data.
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
@@ -162,8 +167,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             distribution of the original. ``True`` for the settings of :class:`DistillSpec`, or a dictionary of those
             that are to be others, e.g. ``{"epochs": 4}``. Kept as ``False`` or the dictionary of all. The original's
             last hidden states wait in CPU memory: a row of ``hidden_size`` numbers per token.
-        modules_to_not_convert: Names or glob patterns of modules to leave in full precision, besides the output head
-            and the embeddings, which always stay.
+        modules_to_not_convert: Names or glob patterns of modules to leave in full precision.
         overrides: Settings of single modules by name or glob pattern, e.g. ``{"*.down_proj": {"bits": 4}}``. Keys:
             ``bits``, ``method``. A later entry wins over an earlier one.
         dataset: Calibration data: ``"builtin"`` (shipped with the package), ``"wikitext2"``, ``"c4"``, ``"redpajama"``
@@ -203,6 +207,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
 
     preset: InitVar[str | None] = None
     bits: int | float = 4
+    embedding_bits: int | None = None
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
@@ -241,6 +246,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             raise ConfigError("bits", self.bits, "an integer, or a mean, from 1 to 8")
         elif not self.guided or self.method == "rtn":
             raise ConfigError("bits", self.bits, "an integer from 1 to 8 without guided, and with rtn")
+        if self.embedding_bits is not None:
+            check_bits("embedding_bits", self.embedding_bits)
         _check_int("num_groups", self.num_groups, 1, 1024)
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
@@ -324,9 +331,12 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         """How to train the codebooks; None if they are not to be trained."""
         return DistillSpec(**self.distill) if isinstance(self.distill, dict) else None
 
-    def for_module(self, name: str) -> dict[str, Any]:
-        """``bits`` and ``method`` of the module called ``name``, overrides applied."""
-        settings: dict[str, Any] = {"bits": self.bits, "method": self.method}
+    def for_module(self, name: str, vocabulary: bool = False) -> dict[str, Any]:
+        """``bits`` and ``method`` of the module called ``name``, overrides applied.
+
+        ``vocabulary`` is whether it is the input embeddings or the output head.
+        """
+        settings: dict[str, Any] = {"bits": self.embedding_bits if vocabulary else self.bits, "method": self.method}
         for pattern, values in self.overrides.items():
             if matches(name, pattern):
                 settings |= values

@@ -15,7 +15,7 @@ from .checkpoint import check_tensors, read_headers, weight_files
 from .checksums import check_checksums
 from .config import QUANT_METHOD, GuidedQuantConfig, check_method
 from .errors import CheckpointError, UnknownArchitectureError
-from .nn import quantized_modules
+from .nn import quantized_modules, without_copies
 from .quantizer import GuidedQuantizer
 from .report import align, megabytes
 
@@ -145,7 +145,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
             nbytes=module.packed_bytes,
             outliers=module.outliers,
         )
-        for name, module in quantized_modules(model).items()
+        for name, module in without_copies(model).items()
     )
     settings = {name: value for name, value in config.to_dict().items() if name != "modules"}
     nbytes = sum(spec.nbytes for spec in read_headers(files).values())

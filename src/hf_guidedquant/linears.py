@@ -17,10 +17,27 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
+def scaled_rows(module: nn.Module) -> bool:
+    """Whether the module is an embedding that gives its rows, or, as Gemma's, gives them times ``embed_scale``."""
+    return (
+        isinstance(module, nn.Embedding)
+        and module.max_norm is None
+        and (type(module) is nn.Embedding or hasattr(module, "embed_scale"))
+    )
+
+
 def stored_weight(module: nn.Module) -> Tensor:
     """The weight of a linear or embedding layer, detached, in the layout that the module stores it in."""
     weight: Any = module.weight
     return weight.detach()
+
+
+def vocabulary_layers(model: nn.Module) -> tuple[str | None, str | None]:
+    """Names of the input embeddings and of the output head; None for what the model does not have."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = (getattr(model, f"get_{which}_embeddings", lambda: None)() for which in ("input", "output"))
+    embeddings, head = (None if module is None else names.get(id(module)) for module in found)
+    return embeddings, head
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from .errors import AdapterError
 from .experts import unfused_experts
-from .nn import GuidedLinear, quantized_modules
+from .linears import vocabulary_layers
+from .nn import GuidedEmbedding, GuidedLinear, quantized_modules
 
 # Ways to begin an adapter that do not look at the dense weight of its layer.
 _BLIND_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")
@@ -27,8 +28,10 @@ class GuidedLoraLinear(Linear):
     comes out, ``[..., in_features] -> [..., out_features]``, keeps its dtype.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(base_layer, GuidedEmbedding):
+            raise AdapterError("Quantized embeddings take no adapters. Leave them out of target_modules.")
+        super().__init__(base_layer, *args, **kwargs)
         # GPT-2's layers are transposed when they are dense; quantized ones never are.
         self.fan_in_fan_out = False
 
@@ -68,7 +71,8 @@ class GuidedLoraModel(LoraModel):
         if isinstance(targets, str) and targets.lower() == "all-linear":
             _maybe_include_all_linear_layers(peft_config, model)
             # peft itself finds the layers that have adapters already.
-            found = {name for name in quantized if not name.endswith(".base_layer")}
+            vocabulary = vocabulary_layers(model)
+            found = {name for name in quantized if name not in vocabulary and not name.endswith(".base_layer")}
             peft_config.target_modules = {n for n in peft_config.target_modules | found if not n.startswith(experts)}
         _check_targets(peft_config, [name for name in quantized if name.startswith(experts)])
 

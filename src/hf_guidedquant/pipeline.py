@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain
@@ -39,10 +39,10 @@ from .config import QUANT_METHOD, GuidedQuantConfig
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
-from .linears import size_of, stored_weight, tensors_of
-from .nn import GuidedLinear, quantized_modules, replace_module
+from .linears import linear_shape, size_of, stored_weight, tensors_of
+from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
 from .page import PAGE_FILE, write_page
-from .plan import LayerPlan, Plan, plan_layers
+from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
 from .report import Report
 from .resources import free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -85,6 +85,8 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
         disable_progress_bar()
     layers_plan = plan_layers(model, config)
     _check_weights(model, layers_plan, freshly_loaded)
+    if (embeddings := quantized_embeddings(model, layers_plan.layers)) is not None:
+        scale_of(model.get_submodule(embeddings[0]))  # Raises what must not be noticed after hours of work.
     seconds: dict[str, float] = {}
     with (
         reproducible(),
@@ -132,6 +134,7 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
                     calibration.rows,
                     layers,
                     how,
+                    embeddings=None if embeddings is None else _quantized(model, *embeddings, layers),
                     seed=config.seed,
                     place=place_for(config),
                     workers=workers,
@@ -141,14 +144,12 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     summary.reconstruction = reconstruction
     config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
     config.provenance = _provenance(model, config, calibration)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    _swap(model, layers_plan, finished, embeddings, config)
     summary.settings = config.to_dict()
-    for layer in layers_plan.layers:
-        module: Any = model.get_submodule(layer.name)
-        tensors = {name: tensor.to(module.weight.device) for name, tensor in finished.pop(layer.name)[0].items()}
-        replace_module(model, layer.name, GuidedLinear.from_tensors(tensors, layer.in_features, module.bias))
     if calibration is not None and (spec := config.distill_spec) is not None:
         with _timed("distillation", seconds), reproducible(), _where_work_is_done(model, config):
-            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers)
+            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers, head)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
         if config.run_dir is not None:
@@ -163,6 +164,33 @@ def _leave_page(summary: Report, file: Path) -> None:
         logger.info("What was done to every layer: %s", file)
     except (OSError, ValueError, LookupError, ArithmeticError) as error:
         logger.warning("%s cannot be written: %s", file, error)
+
+
+def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:
+    """What takes the place of a module: its quantized form around the tensors of the layer ``source``."""
+    module: Any = model.get_submodule(name)
+    tensors = {key: tensor.to(module.weight.device) for key, tensor in layers[source].items()}
+    if isinstance(module, nn.Embedding):
+        return GuidedEmbedding.replacing(module, tensors)
+    return GuidedLinear.from_tensors(tensors, linear_shape(module)[1], module.bias)
+
+
+def _swap(
+    model: PreTrainedModel,
+    layers_plan: Plan,
+    finished: dict[str, Finished],
+    embeddings: tuple[str, str] | None,
+    config: GuidedQuantConfig,
+) -> None:
+    """Put the quantized layers where the dense ones are. Empties ``finished``."""
+    if embeddings is not None and embeddings[0] != embeddings[1]:
+        name, head = embeddings
+        config.modules[name] = dict(config.modules[head])
+        replace_module(model, name, _quantized(model, name, head, {head: finished[head][0]}))
+    for layer in layers_plan.layers:
+        tensors, _ = finished.pop(layer.name)
+        replace_module(model, layer.name, _quantized(model, layer.name, layer.name, {layer.name: tensors}))
+    tie_codes(model)
 
 
 @contextmanager
@@ -242,7 +270,7 @@ def _summary(
         layers=[finished[layer.name][1] for layer in layers_plan.layers],
         skipped=layers_plan.skipped,
         dense_bytes=layers_plan.dense_bytes,
-        quantized_bytes=layers_plan.dense_bytes - sum(weight.nbytes for weight in weights) + packed_bytes,
+        quantized_bytes=layers_plan.quantized_bytes - sum(x.packed_bytes for x in layers_plan.layers) + packed_bytes,
         bits_per_weight=8 * packed_bytes / sum(weight.numel() for weight in weights),
         seconds=seconds,
     )

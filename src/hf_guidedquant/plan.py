@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from .config import GuidedQuantConfig, matches
 from .errors import ConfigError, NoLinearLayersError, listed
 from .experts import routers
 from .formats import lut as lut_format
-from .linears import is_linear, linear_shape, stored_weight
+from .linears import is_linear, linear_shape, scaled_rows, stored_weight, vocabulary_layers
 from .solvers import SOLVERS
 from .solvers.outliers import memory as solver_memory
 
@@ -22,11 +22,13 @@ logger = logging.getLogger(__name__)
 # Weights and Hessians of a batch. Fixed, not a share of what is free: products of another batch size can round
 # differently, and the result should not depend on how busy a machine is. On a CPU larger batches only miss its caches.
 _BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
+# Outputs of a group that are solved at once: more than most layers have, but a vocabulary has more.
+_MOST_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The decision about one linear layer.
+    """The decision about one linear layer, or about the embeddings, whose outputs are the vocabulary.
 
     Attributes:
         name: Module name in the model.
@@ -61,11 +63,19 @@ class LayerPlan:
 
     def solver_bytes(self, count: int = 1) -> int:
         """Working memory for solving so many layers like this together, beside their statistics."""
-        rows = -(-self.out_features // self.num_groups)
+        rows = self.rows_at_once
+        # Of the rows that wait for their turn, weights and codes.
+        waiting = 5 * count * max(0, self.out_features - rows * self.num_groups) * self.in_features
         # One layer's Hessian at a time is made fit to solve with: its copy, a factorisation, and work space.
         conditioning = 12 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
         solver = SOLVERS[self.method]
-        return max(solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers), conditioning)
+        solving = solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers) + waiting
+        return max(solving, conditioning)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Outputs of a group that are solved together; none depends on another."""
+        return min(-(-self.out_features // self.num_groups), _MOST_ROWS)
 
     def batch_size(self, device: torch.device) -> int:
         """How many layers like this are solved together at most."""
@@ -113,14 +123,15 @@ class Plan:
 def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     """Decide for every layer of ``model`` whether and how it is quantized.
 
-    Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head, the embeddings, weights that modules
-    share, routers of experts, whatever of a model that also reads images or sound lies outside its text model, and
-    whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such as fused
-    experts that are not :func:`hf_guidedquant.experts.unfused`, are listed in ``skipped`` and logged as a warning. What
-    a layer gets of a mean number of bits is only known from data; until then it is that number, rounded up.
+    Linear layers (``nn.Linear``, ``Conv1D``) are found by type. The output head and the input embeddings are left alone
+    without ``embedding_bits``; if they are tied, the plan names the head for both. Other embeddings, weights that other
+    modules share, routers of experts, whatever of a model that also reads images or sound lies outside its text model,
+    and whatever ``modules_to_not_convert`` names stay as they are. Weights that no method here can handle, such as
+    fused experts that are not :func:`hf_guidedquant.experts.unfused`, are listed in ``skipped`` and logged. What a
+    layer gets of a mean number of bits is only known from data; until then it is that number, rounded up.
 
     Raises:
-        ConfigError: An override or exclusion matches no module.
+        ConfigError: An override or exclusion matches no module, or ``embedding_bits`` saves nothing.
         NoLinearLayersError: Nothing is left to quantize.
     """
     _check_patterns(model, config)
@@ -129,20 +140,21 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     unhandled: list[str] = []
     owners = _owners(model)
     dense = dict.fromkeys(routers(model), "router") | dict.fromkeys(_outside_text(model), "outside the text model")
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = vocabulary_layers(model)
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
             weight_name = f"{name}.{key}" if name else key
-            reason = dense.get(name) or _skip_reason(name, module, parameter, owners, config, is_head=module is head)
+            tied = name in vocabulary and set(owners[id(parameter)]) >= set(vocabulary)
+            reasons = [
+                dense.get(one) or _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary)
+                for one in dict.fromkeys((name, *(vocabulary if tied else ())))
+            ]
+            reason = next((reason for reason in reasons if reason is not None), None)
             if reason is None:
-                settings = config.for_module(name)
-                settings["bits"] = math.ceil(settings["bits"])
-                out_features, in_features = linear_shape(module)
-                groups = _groups(out_features, config.num_groups) if config.guided else 1
-                settings["outliers"] = lut_format.outliers_per_row(in_features, config.outliers)
-                layers.append(LayerPlan(name, out_features, in_features, **settings, num_groups=groups))
+                if not (tied and name == vocabulary[0]):
+                    layers.append(_layer(name, module, config, name in vocabulary))
                 continue
             skipped[weight_name] = reason
             if reason.startswith("unsupported"):
@@ -155,6 +167,20 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
         )
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
+
+
+def quantized_embeddings(model: nn.Module, layers: Iterable[LayerPlan]) -> tuple[str, str] | None:
+    """The name of the embeddings that are to be quantized, and of the layer whose codes they get.
+
+    None if they stay as they are.
+    """
+    name, head = vocabulary_layers(model)
+    if name is None:
+        return None
+    planned = {layer.name for layer in layers}
+    if head in planned and model.get_submodule(str(head)).weight is model.get_submodule(name).weight:
+        return name, str(head)
+    return (name, name) if name in planned else None
 
 
 def with_bits(model: nn.Module, layers_plan: Plan, bits: Mapping[str, int]) -> Plan:
@@ -178,17 +204,20 @@ def _skip_reason(
     parameter: nn.Parameter,
     owners: dict[int, list[str]],
     config: GuidedQuantConfig,
-    is_head: bool,
+    vocabulary: tuple[str | None, str | None],
 ) -> str | None:
-    if is_head:
+    if name == vocabulary[1] and config.embedding_bits is None:
         return "output head"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and (name != vocabulary[0] or config.embedding_bits is None):
         return "embedding"
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert or ()):
         return "modules_to_not_convert"
-    if not is_linear(module):
+    if name == vocabulary[0] and not scaled_rows(module):
+        return f"unsupported: {type(module).__name__} does more than to look up rows and to scale them"
+    if name != vocabulary[0] and not is_linear(module):
         return f"unsupported: {type(module).__name__} is no plain linear layer"
-    shared = [owner for owner in owners[id(parameter)] if owner != name]
+    partners = vocabulary if name in vocabulary else (name,)
+    shared = [owner for owner in owners[id(parameter)] if owner != name and owner not in partners]
     if shared:
         return f"weight is shared with {', '.join(shared)}"
     return None
@@ -205,6 +234,24 @@ def _outside_text(model: Any) -> set[str]:
     text, head = model.get_decoder(), model.get_output_embeddings()
     inside = {id(module) for part in (text, head) if part is not None for module in part.modules()}
     return {name for name, module in model.named_modules() if id(module) not in inside}
+
+
+def _layer(name: str, module: nn.Module, config: GuidedQuantConfig, vocabulary: bool) -> LayerPlan:
+    settings = config.for_module(name, vocabulary)
+    settings["bits"] = math.ceil(settings["bits"])
+    out_features, in_features = linear_shape(module)
+    # Embeddings are looked up without an overlay, and a head may have the same codes.
+    settings["outliers"] = 0 if vocabulary else lut_format.outliers_per_row(in_features, config.outliers)
+    groups = _groups(out_features, config.num_groups) if config.guided else 1
+    if isinstance(module, nn.Embedding) and SOLVERS[settings["method"]].statistics != "none":
+        # Nothing is multiplied with the rows, so there is no Hessian.
+        settings["method"] = "kmeans"
+    layer = LayerPlan(name, out_features, in_features, **settings, num_groups=groups)
+    saving = [bits for bits in range(1, 9) if replace(layer, bits=bits).packed_bytes < 2 * layer.weights]
+    if vocabulary and layer.bits not in saving:
+        allowed = f"at most {max(saving)} with {in_features} weights per entry of the vocabulary" if saving else "None"
+        raise ConfigError("embedding_bits", layer.bits, f"{allowed}, for codebooks to take less than is saved")
+    return layer
 
 
 def _groups(out_features: int, num_groups: int) -> int:
@@ -226,4 +273,7 @@ def _sizes(model: nn.Module, layers: list[LayerPlan]) -> tuple[int, int]:
     saved = 0
     for layer in layers:
         saved += stored_weight(model.get_submodule(layer.name)).nbytes - layer.packed_bytes
+    if (embeddings := quantized_embeddings(model, layers)) is not None:
+        # Their scale.
+        saved -= stored_weight(model.get_submodule(embeddings[0])).itemsize
     return dense, dense - saved

@@ -16,8 +16,19 @@ from .config import QUANT_METHOD, GuidedQuantConfig, check_bits
 from .errors import CheckpointError, ModelError
 from .experts import DOWN, fuse_experts, fused_experts, unfuse, unfused_experts
 from .formats.lut import TensorSpec, outliers_per_row
-from .linears import is_linear, linear_shape, size_of
-from .nn import GuidedLinear, dequantize_model, prepare_layers, quantized_modules, replace_module
+from .linears import is_linear, linear_shape, scaled_rows, size_of, vocabulary_layers
+from .nn import (
+    GuidedEmbedding,
+    GuidedLinear,
+    dequantize_model,
+    prepare_layers,
+    quantized_modules,
+    refuse_resizing,
+    replace_module,
+    tie_codes,
+    tied_pairs,
+    untie_codebooks,
+)
 from .resources import WEIGHTS_SHARE, compute_device, free_memory
 from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
@@ -108,22 +119,12 @@ class GuidedQuantizer(HfQuantizer):
             return
         self._expert_tensors = _unfuse_quantized(model, self.quantization_config)
         modules = _resolve_modules(model, self.quantization_config)
+        _check_ties(model, modules)
+        vocabulary = vocabulary_layers(model)
         for name, (bits, lut_dtype) in modules.items():
-            old = model.get_submodule(name)
-            out_features, in_features = linear_shape(old)
-            bias = old.bias is not None
-            dtype = old.bias.dtype if bias else None
-            new = GuidedLinear(
-                in_features,
-                out_features,
-                bits,
-                bias,
-                lut_dtype=lut_dtype,
-                dtype=dtype,
-                device=old.weight.device,
-                outliers=outliers_per_row(in_features, self.quantization_config.outliers),
-            )
-            replace_module(model, name, new)
+            share = 0.0 if name in vocabulary else self.quantization_config.outliers
+            replace_module(model, name, _empty_layer(model.get_submodule(name), bits, lut_dtype, share))
+        tie_codes(model)
         if checkpoint_files:
             _preflight(model, checkpoint_files)
 
@@ -133,6 +134,7 @@ class GuidedQuantizer(HfQuantizer):
             return
         for module in quantized_modules(model).values():
             module.requires_grad_(False)
+        tie_codes(model, loaded=True)
         checkpoint.check_layers(model)
         self._prepare_layers(model)
         companions.attach_saving(model, report=None)
@@ -152,11 +154,14 @@ class GuidedQuantizer(HfQuantizer):
     def _prepare_layers(self, model: Any) -> None:
         config = self.quantization_config
         prepare_layers(model, config.fuse_layers, config.cache_dequantized)
+        refuse_resizing(model)
         self._has_experts = bool(unfused_experts(model))
         _allow_adapters(model)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        dequantize_model(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # Of a model that has been saved, transformers knows the dtype by its name.
+        dequantize_model(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        untie_codebooks(model)
         if unfused_experts(model):
             fuse_experts(model)
             # Fused again, they are saved the way that they are in the original's files.
@@ -251,7 +256,8 @@ def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[i
         if name is None:
             absent.append(saved_name)
             continue
-        if not is_linear(known[name]):
+        is_embeddings = name == vocabulary_layers(model)[0] and scaled_rows(known[name])
+        if not (is_embeddings or is_linear(known[name])):
             raise CheckpointError(
                 f"{saved_name} is quantized in the checkpoint, but a {type(known[name]).__name__} here."
             )
@@ -261,6 +267,43 @@ def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[i
             f"None of the checkpoint's quantized modules (first: {absent[0]}) exists in {type(model).__name__}."
         )
     return resolved
+
+
+def _check_ties(model: Any, modules: dict[str, tuple[int, torch.dtype]]) -> None:
+    """Refuse one copy of two modules' weights that only one of them could read."""
+    for source, target in tied_pairs(model):
+        if modules.get(source) != modules.get(target):
+            raise CheckpointError(
+                f"config.json: {source} and {target} are tied, so their entries in modules must be there, and equal."
+            )
+
+
+def _empty_layer(old: Any, bits: int, lut_dtype: torch.dtype, outliers: float) -> GuidedLinear:
+    """What takes the place of a dense layer, before its tensors are loaded."""
+    out_features, in_features = linear_shape(old)
+    device = old.weight.device
+    if isinstance(old, torch.nn.Embedding):
+        return GuidedEmbedding(
+            out_features,
+            in_features,
+            bits,
+            padding_idx=old.padding_idx,
+            lut_dtype=lut_dtype,
+            dtype=old.weight.dtype,
+            device=device,
+        )
+    bias = old.bias is not None
+    dtype = old.bias.dtype if bias else None
+    return GuidedLinear(
+        in_features,
+        out_features,
+        bits,
+        bias,
+        lut_dtype=lut_dtype,
+        dtype=dtype,
+        device=device,
+        outliers=outliers_per_row(in_features, outliers),
+    )
 
 
 def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:

@@ -1,7 +1,7 @@
 """Take layers and their statistics through the solver, equal layers together."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
 from .resources import compute_device
-from .solvers import SolverSpec, solve
+from .solvers import Solution, SolverSpec, solve
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
 from .workers import Workers
@@ -145,7 +145,8 @@ def _solve_batch(
         config.kmeans_iterations,
         one.outliers,
     )
-    solution = solve(one.method, grouped, stacked, spec)
+    solutions = [solve(one.method, rows.contiguous(), stacked, spec) for rows in grouped.split(one.rows_at_once, dim=1)]
+    solution = solutions[0] if len(solutions) == 1 else _together(solutions)
     unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
     results = []
     for index, layer in enumerate(batch):
@@ -176,6 +177,19 @@ def _solve_batch(
             logger.warning("%s: %s.", layer.name, report.fallback)
         results.append((layer, codes, report))
     return results
+
+
+def _together(parts: Sequence[Solution]) -> Solution:
+    """The solution of all rows from those of some each."""
+
+    def whole(take: Callable[[Solution], Tensor]) -> Tensor:
+        return torch.cat([take(part) for part in parts], dim=1)
+
+    objectives = {stage: whole(lambda part, stage=stage: part.objectives[stage]) for stage in parts[0].objectives}
+    overlay = None
+    if parts[0].overlay is not None:
+        overlay = Overlay(whole(lambda part: part.overlay.columns), whole(lambda part: part.overlay.values))
+    return Solution(whole(lambda part: part.codes), whole(lambda part: part.codebook), objectives, overlay)
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:

@@ -17,6 +17,8 @@ from hf_guidedquant.triton_kernels import (
     lut_linear_tiled,
     pack_tiles,
     tiles,
+    unpack_codes,
+    unpack_tile_rows,
     unpack_tiles,
 )
 from hf_guidedquant.triton_kernels.configs import MatrixConfig, VectorConfig, choose, table
@@ -255,3 +257,14 @@ def test_interpreted_dequantize_is_a_gather_without_any_error(bits):
     assert torch.equal(dense.double(), dense64(codes, lut, torch.float16))
     assert frame[:64].isnan().all()
     assert frame[-64:].isnan().all()
+
+
+@pytest.mark.parametrize("bits", TILED_BITS)
+@pytest.mark.parametrize(("rows", "inputs"), SHAPES)
+def test_single_rows_of_tiles_are_those_of_the_bit_planes(rows, inputs, bits):
+    _, weight, _ = layer(bits, rows, inputs)
+    codes = unpack_codes(weight, inputs)
+    for wanted in (torch.arange(rows), torch.tensor([rows - 1, 0, rows - 1, rows // 2]), torch.arange(0)):
+        found = unpack_tile_rows(pack_tiles(weight, inputs), wanted, inputs)
+        assert found.dtype == torch.uint8
+        assert torch.equal(found, codes[wanted])

@@ -60,7 +60,7 @@ class Passage:
             stack.enter_context(self._weights_in_place(start, stop))
             for block, outputs in zip(self._blocks[:start], self._outline.outputs, strict=False):
                 stack.enter_context(_passed_over(block, outputs))
-            if start > 0:
+            if start < len(self._blocks):
                 stack.callback(self._blocks[start].register_forward_pre_hook(self._enter, with_kwargs=True).remove)
             if stop < len(self._blocks):
                 stack.callback(self._blocks[stop].register_forward_pre_hook(_leave_before, with_kwargs=True).remove)
@@ -73,8 +73,8 @@ class Passage:
 
         Args:
             rows: Token ids, int64 ``[rows, T]``.
-            states: Hidden states ``[rows, T, hidden]`` that enter the first of the blocks, on its device; not needed
-                for the model's first one.
+            states: Hidden states ``[rows, T, hidden]`` that enter the first of the blocks, on its device; for the
+                model's first one, None is what the embeddings give.
 
         Returns:
             The hidden states that leave the last block, or the model's output if what comes behind belongs to it.
@@ -85,9 +85,10 @@ class Passage:
         except _Border as border:
             return border.states
 
-    def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self._entering is None:
+            return None
         # A copy, because models may change hidden states in place.
-        assert self._entering is not None
         return replace_hidden_states(args, kwargs, self._entering.clone())
 
     @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..nn import quantized_modules
+from ..nn import without_copies
 from ..report import align, megabytes
 from .speed import DecodeSpeed
 
@@ -48,8 +48,8 @@ class Measurement:
 
 
 def bits_per_weight(model: Any) -> float:
-    """Mean bits per quantized weight, codebooks and overlays included; of a dense model, the width of its dtype."""
-    layers = quantized_modules(model).values()
+    """Mean bits per quantized weight, codebooks and overlays included; without any, the width of the model's dtype."""
+    layers = without_copies(model).values()
     if not layers:
         return float(torch.finfo(model.dtype).bits)
     nbytes = sum(layer.packed_bytes for layer in layers)

@@ -21,6 +21,7 @@ from ..triton_kernels import (
     unpack_tiles,
 )
 from .fusion import Fusion
+from .tie import Tie
 
 
 class GuidedLinear(nn.Module):
@@ -76,6 +77,8 @@ class GuidedLinear(nn.Module):
         # Layers multiplied together with this one (see fusion.py), and its place among them.
         self.fusion: Fusion | None = None
         self.position = 0
+        # With the embedding or the head that has the same codes.
+        self.tie: Tie | None = None
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], in_features: int, bias: Tensor | None) -> "GuidedLinear":
@@ -115,6 +118,8 @@ class GuidedLinear(nn.Module):
         elif not wanted and self._tiled:
             self._set_weight(self.bit_planes())
         self._tiled = wanted
+        if self.tie is not None:
+            self.tie.share(self)
 
     def bit_planes(self) -> Tensor:
         """The codes as checkpoints hold them, int32 ``[bits, out_features, ceil(in_features / 32)]``."""
@@ -123,7 +128,12 @@ class GuidedLinear(nn.Module):
         if self.weight.is_meta:
             spec = lut_format.declare(self.out_features, self.in_features, self.bits, self.lut.dtype)["weight"]
             return torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-        return unpack_tiles(self.weight.data, self.out_features, self.in_features)
+        planes = None if self.tie is None else self.tie.planes()
+        if planes is None:
+            planes = unpack_tiles(self.weight.data, self.out_features, self.in_features)
+            if self.tie is not None:
+                self.tie.remember(planes)
+        return planes
 
     def _set_weight(self, tensor: Tensor) -> None:
         self.weight = nn.Parameter(tensor, requires_grad=False)
@@ -185,6 +195,8 @@ class GuidedLinear(nn.Module):
         if self._tiled:
             self._set_weight(self.bit_planes())
             self._tiled = False
+            if self.tie is not None:
+                self.tie.share(self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.prepare()
         if self.fusion is not None:

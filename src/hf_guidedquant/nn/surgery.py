@@ -5,6 +5,7 @@ from torch import nn
 
 from ..linears import swap_module
 from .fusion import fuse
+from .guided_embedding import GuidedEmbedding, ScaledEmbedding
 from .guided_linear import GuidedLinear
 
 
@@ -19,6 +20,14 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def quantized_modules(model: nn.Module) -> dict[str, GuidedLinear]:
     """All quantized layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GuidedLinear)}
+
+
+def without_copies(model: nn.Module) -> dict[str, GuidedLinear]:
+    """:func:`quantized_modules`; of embeddings and a head with one copy of their codes, the first."""
+    found: dict[int, tuple[str, GuidedLinear]] = {}
+    for name, module in quantized_modules(model).items():
+        found.setdefault(id(module.weight), (name, module))
+    return dict(found.values())
 
 
 def prepare_layers(model: nn.Module, fuse_layers: bool, dense: bool) -> None:
@@ -47,10 +56,18 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every quantized layer by a dense ``nn.Linear`` in ``dtype``."""
+    """Replace every quantized layer by a dense ``nn.Linear`` or ``nn.Embedding`` in ``dtype``; ties stay."""
+    weights: dict[int, nn.Parameter] = {}
     for name, module in quantized_modules(model).items():
-        dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-        dense.weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-        if module.bias is not None:
-            dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        packed = id(module.weight)
+        if packed not in weights:
+            weights[packed] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
+        dense: nn.Module
+        if isinstance(module, GuidedEmbedding):
+            dense = ScaledEmbedding(weights[packed], module.scale, module.padding_idx)
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            dense.weight = weights[packed]
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
         replace_module(model, name, dense)

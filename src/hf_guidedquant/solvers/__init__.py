@@ -16,6 +16,7 @@ SOLVERS: dict[str, Method] = {
     "gptvq1d": Method(gptvq1d.solve, "hessian", gptvq1d.memory),
     "gptq": Method(gptq.solve, "hessian", gptq.memory),
     "squeezellm": Method(kmeans.solve, "diagonal", kmeans.memory),
+    "kmeans": Method(kmeans.solve, "none", kmeans.memory),
     "rtn": Method(rtn.solve, "none", rtn.memory),
 }
 

@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.collector import input_device
 from ..config import DistillSpec
+from ..linears import stored_weight, vocabulary_layers
 from ..nn import TrainedLinear, quantized_modules, replace_module
 from ..replay import worth_graphs
 from ..running import (
@@ -65,6 +66,7 @@ def distill(
     spec: DistillSpec,
     seed: int = 0,
     workers: Workers | None = None,
+    head: nn.Module | None = None,
 ) -> DistillReport:
     """Train the codebooks of a quantized model, in place, and keep those of the best epoch, the start included.
 
@@ -80,11 +82,14 @@ def distill(
         spec: How to train.
         seed: Of the order of the rows, and of the choice of those held back.
         workers: Processes that quantize together.
+        head: The original's output head, if that of ``model`` is quantized. Neither it nor embeddings are trained.
     """
     workers = workers or Workers()
     generator = torch.Generator().manual_seed(seed)
     device = input_device(model)
-    divergence = Divergence(model, rows, states)
+    if head is not None:
+        head = head.to(stored_weight(model.get_output_embeddings()).device)
+    divergence = Divergence(model, rows, states, head)
     training, held_back = set_aside(divergence.usable(), spec.held_back, generator)
     with ExitStack() as stack:
         codebooks = stack.enter_context(_trained_codebooks(model))
@@ -124,7 +129,8 @@ def _trained_codebooks(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     After an exception the model is as it was.
     """
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    finished: dict[str, Any] = dict(quantized_modules(model))
+    vocabulary = vocabulary_layers(model)
+    finished: dict[str, Any] = {name: m for name, m in quantized_modules(model).items() if name not in vocabulary}
     layers = {name: TrainedLinear(layer) for name, layer in finished.items()}
     try:
         for parameter in frozen:

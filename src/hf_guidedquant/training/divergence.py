@@ -1,6 +1,7 @@
 """How far a model's predictions are from the original's, which is there as its last hidden states.
 
-The output head is not quantized, so it makes the original's logits of them again: one model in memory is enough.
+The original's output head makes its logits of them again: one model in memory is enough, and that head, where the
+model's own is quantized.
 """
 
 from collections.abc import Sequence
@@ -65,14 +66,16 @@ class Divergence:
     """KL(original ‖ model) in nats.
 
     Attributes:
-        model: A causal language model with the original's output head.
+        model: A causal language model.
         rows: Token ids, int64 ``[T]`` each.
         states: The original's :func:`teacher_states` of the same rows.
+        head: The original's output head; None if it is the model's.
     """
 
     model: Any
     rows: Sequence[Tensor]
     states: Sequence[Tensor]
+    head: Any = None
 
     def usable(self) -> list[int]:
         """The rows of which the original's states are finite."""
@@ -104,25 +107,26 @@ class Divergence:
         hidden, _ = _run(self.model, rows)
         original = states.to(hidden.device).flatten(0, 1)
         pieces = zip(hidden.split(_LOGIT_TOKENS), original.split(_LOGIT_TOKENS), strict=True)
-        return torch.stack([_Summed.apply(piece, theirs, self.model) for piece, theirs in pieces]).sum()
+        return torch.stack([_Summed.apply(piece, theirs, self.model, self.head) for piece, theirs in pieces]).sum()
 
 
 class _Summed(torch.autograd.Function):
     """KL summed over tokens. The gradient is computed with it, so that logits need not be kept, nor made again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, original: Tensor, model: Any) -> Tensor:
-        theirs = _log_probabilities(model, original)
+    def forward(ctx: Any, hidden: Tensor, original: Tensor, model: Any, head: Any) -> Tensor:
+        own = model.get_output_embeddings()
+        theirs = _log_probabilities(model, own if head is None else head, original)
         with torch.set_grad_enabled(ctx.needs_input_grad[0]):
             hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[0])
-            summed = F.kl_div(_log_probabilities(model, hidden), theirs, reduction="sum", log_target=True)
+            summed = F.kl_div(_log_probabilities(model, own, hidden), theirs, reduction="sum", log_target=True)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(*torch.autograd.grad(summed, hidden))
         return summed.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None, None, None
 
 
 def _run(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,15 +149,15 @@ def _run(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0].flatten(0, 1), logits
 
 
-def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
-    logits = _logits(model, hidden)
+def _log_probabilities(model: Any, head: Any, hidden: Tensor) -> Tensor:
+    logits = _logits(model, head, hidden)
     return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    """The head's logits, and what some models do to them afterwards, by the settings that say so."""
+def _logits(model: Any, head: Any, hidden: Tensor) -> Tensor:
+    """A head's logits, and what some models do to them afterwards, by the settings that say so."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
+    logits = head(hidden)
     if (factor := getattr(config, "logit_scale", None)) is not None:
         logits = logits * factor
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -164,7 +168,7 @@ def _logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 def _check_logits(model: Any, hidden: Tensor, logits: Tensor) -> None:
-    ours, theirs = _logits(model, hidden).float(), logits.float()
+    ours, theirs = _logits(model, model.get_output_embeddings(), hidden).float(), logits.float()
     # Far above the rounding of any dtype, far below what a factor or a cap does.
     if not torch.allclose(ours, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max())):
         raise ModelError(

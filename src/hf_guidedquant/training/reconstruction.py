@@ -20,7 +20,7 @@ from transformers.utils.logging import tqdm
 from ..calibration import Outline, Passage, Shelf
 from ..config import ReconstructSpec
 from ..errors import ModelError
-from ..linears import dense_weight
+from ..linears import dense_weight, vocabulary_layers
 from ..nn import GuidedLinear, LatentLinear, replace_module
 from ..replay import stacked, worth_graphs
 from ..running import mixed_precision, repeatable_backward, rows_of_their_own
@@ -95,6 +95,7 @@ def reconstruct(
     layers: Mapping[str, dict[str, Tensor]],
     spec: ReconstructSpec,
     *,
+    embeddings: nn.Module | None = None,
     seed: int = 0,
     place: Callable[[torch.device], torch.device] = lambda device: device,
     workers: Workers | None = None,
@@ -107,6 +108,7 @@ def reconstruct(
         rows: Token ids, int64 ``[T]`` each, two at least. Rows whose hidden states are NaN or infinite are left out.
         layers: Tensors of the solved layers, by name. Those outside of the blocks are left as they are.
         spec: How to train.
+        embeddings: Quantized ones, from which the quantized blocks will read.
         seed: Of the order of the rows, and of the choice of those held back.
         place: Where the work on weights of a device is done.
         workers: Processes that quantize together; all do the same work, and end with the first one's layers.
@@ -121,6 +123,8 @@ def reconstruct(
     found, reports = {name: dict(tensors) for name, tensors in layers.items()}, []
     with torch.no_grad(), passage.only(0, 0):
         original = _through(passage, shelf, rows)
+    taken = {name: embeddings for name in vocabulary_layers(model)[:1] if name is not None and embeddings is not None}
+    with torch.no_grad(), _in_their_places(model, taken), passage.only(0, 0):
         quantized = _through(passage, shelf, rows)
     total = len(drawn.blocks) * spec.epochs * sum(rows[index].numel() for index in training)
     with tqdm(total=total, desc="Reconstructing", unit="token", unit_scale=True) as bar:

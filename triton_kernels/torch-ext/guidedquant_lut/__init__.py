@@ -3,7 +3,7 @@
 from .backend import backend_for, requested_backend, set_backend, settle
 from .ops import OPS_NAMESPACE, decode_attention, lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled
 from .reference import pack_codes, unpack_codes, words_per_row
-from .tiles import TILE_ROWS, TILED_BITS, pack_tiles, unpack_tiles
+from .tiles import TILE_ROWS, TILED_BITS, pack_tiles, unpack_tile_rows, unpack_tiles
 
 __all__ = [
     "OPS_NAMESPACE",
@@ -21,6 +21,7 @@ __all__ = [
     "set_backend",
     "settle",
     "unpack_codes",
+    "unpack_tile_rows",
     "unpack_tiles",
     "words_per_row",
 ]

@@ -33,9 +33,9 @@ def tiles_shape(bits: int, rows: int, inputs: int) -> tuple[int, int, int]:
     return -(-rows // TILE_ROWS), -(-inputs // TILE_INPUTS), 64 * bits
 
 
-def code_places(bits: int) -> tuple[Tensor, Tensor]:
+def code_places(bits: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Word and bit of the 32 codes that a lane holds of one row; of their lowest two bits at 3 bits."""
-    i = torch.arange(32)
+    i = torch.arange(32, device=device)
     if bits == 2:
         j = i % 16
         return i // 16, 16 * (j // 2 % 2) + 8 * (j % 2) + 2 * (j // 4)
@@ -73,6 +73,35 @@ def unpack_tiles(tiles: Tensor, rows: int, in_features: int) -> Tensor:
         codes = codes.reshape(part.shape[0] * TILE_ROWS, -1)[: rows - start * TILE_ROWS, :in_features]
         planes.append(pack_codes(codes.to(torch.uint8), bits))
     return torch.cat(planes, dim=1)
+
+
+def unpack_tile_rows(tiles: Tensor, rows: Tensor, in_features: int) -> Tensor:
+    """The codes of some rows alone.
+
+    Args:
+        tiles: int32 ``[ceil(N / 16), ceil(K / 128), 64 bits]``.
+        rows: Numbers of rows, int64 ``[n]``.
+        in_features: K.
+
+    Returns:
+        uint8 ``[n, K]``.
+    """
+    bits = tiles.shape[2] // 64
+    tile, half, g = rows // TILE_ROWS, rows % TILE_ROWS // 8, rows % 8
+    # Made on the device, because nothing can be copied there while a CUDA graph is captured.
+    word, place = code_places(bits, tiles.device)
+    if bits == 4:
+        words = tiles.unflatten(-1, (2, 8, 4, 4))[tile, :, half, g]  # [n, block, t, word]
+    else:
+        words = tiles[..., :128].unflatten(-1, (8, 4, 2, 2))[tile, :, g, :, half]
+    codes = (words[..., word] >> place) & (15 if bits == 4 else 3)
+    if bits == 3:
+        i = torch.arange(32, device=tiles.device)
+        third = tiles[..., 128:].unflatten(-1, (8, 4, 2))[tile, :, g, :, half].unsqueeze(-1)
+        codes = codes | (((third >> (4 * (i % 8) + i // 8)) & 1) << 2)
+    # block, t, (p, e) -> block, p, t, e
+    codes = codes.unflatten(-1, (4, 8)).transpose(-3, -2).flatten(1)
+    return codes[:, :in_features].to(torch.uint8)
 
 
 def _tiles_at_once(blocks: int) -> int:

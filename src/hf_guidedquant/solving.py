@@ -1,7 +1,7 @@
 """Take layers and their statistics through the solver, equal layers together."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -182,14 +182,16 @@ def _solve_batch(
 def _together(parts: Sequence[Solution]) -> Solution:
     """The solution of all rows from those of some each."""
 
-    def whole(take: Callable[[Solution], Tensor]) -> Tensor:
-        return torch.cat([take(part) for part in parts], dim=1)
+    def whole(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat(list(tensors), dim=1)
 
-    objectives = {stage: whole(lambda part, stage=stage: part.objectives[stage]) for stage in parts[0].objectives}
-    overlay = None
-    if parts[0].overlay is not None:
-        overlay = Overlay(whole(lambda part: part.overlay.columns), whole(lambda part: part.overlay.values))
-    return Solution(whole(lambda part: part.codes), whole(lambda part: part.codebook), objectives, overlay)
+    overlays = [part.overlay for part in parts if part.overlay is not None]
+    return Solution(
+        whole(part.codes for part in parts),
+        whole(part.codebook for part in parts),
+        {stage: whole(part.objectives[stage] for part in parts) for stage in parts[0].objectives},
+        Overlay(whole(o.columns for o in overlays), whole(o.values for o in overlays)) if overlays else None,
+    )
 
 
 def _group_rows(weight: Tensor, groups: int) -> Tensor:

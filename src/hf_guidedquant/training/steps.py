@@ -1,6 +1,7 @@
 """Steps down a loss: gradients of rows are added up, then AdamW moves the parameters. On a GPU both are CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Steps:
         after: Callable[[], None] = lambda: None,
         graphs: bool = False,
     ) -> None:
-        self._loss, self._clip, self._after = loss, clip, after
+        self._clip, self._after = clip, after
         parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
         self._device = parameters[0].device
         rates = [torch.zeros((), device=self._device) for _ in groups]
@@ -50,6 +51,8 @@ class Steps:
         self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
         for parameter, gradient in zip(parameters, self._gradients, strict=True):
             parameter.grad = gradient
+        # Not a method: what refers to itself keeps its memory until Python looks for such things.
+        self._backward = partial(_backward, loss, self._total)
         self._adding = Replays(self._backward, self._device, graphs, "Training")
         self._stepping = Replay(self._device, "Training") if graphs else None
 
@@ -87,12 +90,6 @@ class Steps:
         torch._foreach_zero_(self._gradients)
         self._total.zero_()
 
-    def _backward(self, *inputs: Tensor) -> None:
-        with torch.enable_grad():
-            loss = self._loss(*inputs)
-            loss.backward()
-        self._total += loss.detach()
-
     def _step(self) -> None:
         norm = nn.utils.get_total_norm(self._gradients) / self._items
         shortened = 1.0 if self._clip is None else (norm / self._clip).clamp_min(1)
@@ -103,6 +100,14 @@ class Steps:
         self._optimizer.step()
         torch._foreach_zero_(self._gradients)
         self._after()
+
+
+def _backward(loss: Callable[..., Tensor], total: Tensor, *inputs: Tensor) -> None:
+    """Add gradients of the loss to the parameters', and the loss to ``total``."""
+    with torch.enable_grad():
+        found = loss(*inputs)
+        found.backward()
+    total += found.detach()
 
 
 __all__ = ["Steps"]

@@ -3,8 +3,8 @@
     python benchmarks/solver.py --bits 2 3 4 --output solver.json
 
 Random weights; the Hessian of 2 K random samples of which some inputs are large. Prints, for every shape and bit width,
-the seconds of a whole solve and of the plain loop, their ratio, the parts of the solve that k-means, the descent and
-the codebook steps take, and the final objectives. Then the sum over the linears of Llama-3.1-8B, a shape at a time.
+the seconds of a whole solve and of the plain loop, their ratio, the parts of the solve that k-means, sweeps, descent
+and codebook steps take, and the final objectives. Then the sum over the linears of Llama-3.1-8B, a shape at a time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_guidedquant.solvers import Solution, SolverSpec, kmeans, lnq
+from hf_guidedquant.solvers import Solution, SolverSpec, gptq, kmeans, lnq, quadratic
 from hf_guidedquant.solvers.hessian import condition
 from hf_guidedquant.triton_kernels import set_backend
 
@@ -48,8 +48,9 @@ class Parts:
 
     places: tuple[tuple[Any, str, str], ...] = (
         (kmeans, "cluster", "k-means"),
-        (lnq.Problem, "assign", "descent"),
-        (lnq.Problem, "fit_codebook", "codebook"),
+        (gptq, "sweep", "sweep"),
+        (quadratic.Problem, "assign", "descent"),
+        (quadratic.Problem, "fit_codebook", "codebook"),
     )
 
     def __enter__(self) -> "Parts":
@@ -72,10 +73,10 @@ class Parts:
         return timed
 
 
-def measure(rows: int, inputs: int, bits: int, repeats: int, plain: bool) -> dict[str, Any]:
+def measure(rows: int, inputs: int, bits: int, sweeps: int, repeats: int, plain: bool) -> dict[str, Any]:
     """Times of one shape and bit width; the first solve, which compiles, is not counted."""
     weight, hessian = problem(rows, inputs)
-    spec = SolverSpec(bits)
+    spec = SolverSpec(bits, lnq_sweeps=sweeps)
 
     def solve() -> Solution:
         return lnq.solve(weight, hessian, spec)
@@ -97,7 +98,7 @@ def measure(rows: int, inputs: int, bits: int, repeats: int, plain: bool) -> dic
 
 def show(result: dict[str, Any]) -> None:
     parts, total = result["parts"], result["seconds"]
-    shares = "".join(f" {parts[part] / total:.0%} |" for part in ("k-means", "descent", "codebook"))
+    shares = "".join(f" {parts[part] / total:.0%} |" for part in ("k-means", "sweep", "descent", "codebook"))
     line = f"| {result['rows']} x {result['inputs']} | {result['bits']} | {total:.3f} |"
     if "plain_seconds" in result:
         plain = result["plain_seconds"]
@@ -125,6 +126,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=shape, nargs="+", default=list(LLAMA_8B), help="rows x inputs, as 4096x14336")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument(
+        "--sweeps", type=int, default=SolverSpec(2).lnq_sweeps, help="before the descent; 0 is the paper"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="solves that the median is of")
     parser.add_argument(
         "--no-plain", action="store_true", help="leave out the plain loop, which takes most of the time"
@@ -135,13 +139,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; LNQ, two rounds of four cycles\n")
-    print("| shape | bits | seconds | plain | ratio | k-means | descent | codebook | objective / plain |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(f"LNQ, {options.sweeps} sweeps, two rounds of four cycles\n")
+    print("| shape | bits | seconds | plain | ratio | k-means | sweep | descent | codebook | objective / plain |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     results = []
     for rows, inputs in options.shapes:
         for bits in options.bits:
-            results.append(measure(rows, inputs, bits, options.repeats, not options.no_plain))
+            results.append(measure(rows, inputs, bits, options.sweeps, options.repeats, not options.no_plain))
             show(results[-1])
     show_sum(results)
     if options.output:

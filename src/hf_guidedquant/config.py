@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Forward passes only, over fewer rows, and one round of codebook updates.
     "fast": {"guided": False, "num_samples": 32, "lnq_iterations": 1},
     # Guided LNQ as published: four Hessians per layer, nothing trained.
-    "paper": {"method": "lnq", "guided": True, "num_groups": 4},
+    "paper": {"method": "lnq", "guided": True, "num_groups": 4, "lnq_sweeps": 0},
     # Codes and codebooks trained block by block, then codebooks end to end.
     "best": {
         "method": "lnq",
@@ -51,6 +51,7 @@ PERSISTED = (
     "method",
     "guided",
     "num_groups",
+    "lnq_sweeps",
     "lnq_iterations",
     "lnq_cycles",
     "kmeans_iterations",
@@ -153,6 +154,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
             outputs need not divide by it.
+        lnq_sweeps: GPTQ sweeps before that, each with a codebook update. The paper has none. 0-100.
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
         kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.
@@ -211,6 +213,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
+    lnq_sweeps: int = 1
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50
@@ -249,6 +252,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         if self.embedding_bits is not None:
             check_bits("embedding_bits", self.embedding_bits)
         _check_int("num_groups", self.num_groups, 1, 1024)
+        _check_int("lnq_sweeps", self.lnq_sweeps, 0, 100)
         _check_int("lnq_iterations", self.lnq_iterations, 0, 100)
         _check_int("lnq_cycles", self.lnq_cycles, 1, 100)
         _check_int("kmeans_iterations", self.kmeans_iterations, 0, 1000)

@@ -241,6 +241,7 @@ def _solver_rate(layer: LayerPlan, config: GuidedQuantConfig, device: torch.devi
     spec = SolverSpec(
         layer.bits,
         torch.float16,
+        config.lnq_sweeps,
         config.lnq_iterations,
         config.lnq_cycles,
         config.kmeans_iterations,

@@ -140,6 +140,7 @@ def _solve_batch(
     spec = SolverSpec(
         one.bits,
         lut_dtype,
+        config.lnq_sweeps,
         config.lnq_iterations,
         config.lnq_cycles,
         config.kmeans_iterations,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreter import interpreter_only, not_interpreted, run_interpreted_tests
 
-from hf_guidedquant.solvers import SolverSpec, lnq
+from hf_guidedquant.solvers import SolverSpec, lnq, quadratic
 from hf_guidedquant.solvers.hessian import condition
 from hf_guidedquant.solvers.products import SplitProduct
 
@@ -68,7 +68,7 @@ def check_block(name: str, device: str, outliers: bool) -> None:
 
     groups, inputs, rows, bits, (start, stop), panel = BLOCKS[name]
     weight, hessian, codes, codebook = exact_problem(groups, inputs, rows, bits, device)
-    quantized, stay = lnq._look_up(codes, codebook), None
+    quantized, stay = quadratic._look_up(codes, codebook), None
     if outliers:
         stay = torch.rand(quantized.shape, generator=torch.Generator().manual_seed(7)).to(device) < 0.3
         quantized = torch.where(stay, weight.mT + 0.25, quantized)
@@ -77,7 +77,7 @@ def check_block(name: str, device: str, outliers: bool) -> None:
     inverse = 1 / hessian.diagonal(dim1=-2, dim2=-1)
     before = quantized.clone()
     block = {"block": slice(start, stop), "offset": start - panel, "outliers": stay}
-    change = lnq._descend(hessian, inverse, pull, expected, entries, **block)
+    change = quadratic._descend(hessian, inverse, pull, expected, entries, **block)
     given = [framed(tensor) for tensor in (hessian, inverse, pull, quantized, entries)]
     assert torch.equal(descend(*given, **block), change)
     assert torch.equal(given[3], expected)
@@ -164,13 +164,13 @@ def test_block_of_real_numbers_on_a_gpu():
 def check_assign(monkeypatch, groups: int, inputs: int, rows: int, bits: int, cycles: int, device: str) -> None:
     """All blocks, panels and cycles, with products in pieces: the codes of the plain loop on a CPU."""
     weight, hessian, codes, codebook = exact_problem(groups, inputs, rows, bits)
-    plain = lnq.Problem(weight, hessian)
+    plain = quadratic.Problem(weight, hessian)
     assert not plain.fused
     start = plain.state(codes, codebook)
     expected = plain.assign(start, cycles)
-    monkeypatch.setattr(lnq, "backend_for", lambda device: "triton")
-    monkeypatch.setattr(lnq, "has_tensor_cores", lambda device: True)
-    fused = lnq.Problem(weight.to(device), hessian.to(device))
+    monkeypatch.setattr(quadratic, "backend_for", lambda device: "triton")
+    monkeypatch.setattr(quadratic, "has_tensor_cores", lambda device: True)
+    fused = quadratic.Problem(weight.to(device), hessian.to(device))
     assert fused.fused
     assert isinstance(fused.product, SplitProduct)
     result = fused.assign(fused.state(codes.to(device), codebook.to(device)), cycles)
@@ -181,7 +181,7 @@ def check_assign(monkeypatch, groups: int, inputs: int, rows: int, bits: int, cy
 
 @interpreter_only
 def test_interpreted_assignment_over_panels_gives_the_codes_of_the_plain_loop(monkeypatch):
-    monkeypatch.setattr(lnq, "PANEL", 150)
+    monkeypatch.setattr(quadratic, "PANEL", 150)
     check_assign(monkeypatch, groups=2, inputs=170, rows=35, bits=2, cycles=2, device="cpu")
 
 

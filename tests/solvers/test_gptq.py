@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_lnq import correlated_hessian, problem, true_objective
 
-from hf_guidedquant.solvers import SolverSpec, gptq, gptvq1d, kmeans, lnq, rtn
+from hf_guidedquant.solvers import SolverSpec, gptq, gptvq1d, kmeans, lnq, quadratic, rtn
 from hf_guidedquant.solvers.base import nearest
 from hf_guidedquant.solvers.hessian import condition
 
@@ -25,8 +25,8 @@ def textbook(w: torch.Tensor, h: torch.Tensor, codebook: list[float]) -> list[in
 @pytest.mark.parametrize(("panel", "block"), [(1, 1), (10, 4), (8, 21), (1024, 8), (1024, 128)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_blocked_sweep_is_the_textbook(monkeypatch, panel, block, bits):
-    monkeypatch.setattr(lnq, "PANEL", panel)
-    monkeypatch.setattr(lnq, "BLOCK", block)
+    monkeypatch.setattr(quadratic, "PANEL", panel)
+    monkeypatch.setattr(quadratic, "BLOCK", block)
     weight, hessian = problem(seed=bits)
     spec = SolverSpec(bits)
     grids = {
@@ -67,7 +67,7 @@ def test_gptvq1d_fits_its_codebook_to_the_codes_of_the_sweep(bits):
             best = torch.linalg.lstsq(factor.mT @ one_hot, (factor.mT @ weight[g, r]).unsqueeze(1)).solution
             # The ridge shortens the step by at most ε / λ_min of its length; fp32 rounds what is stored.
             normal = one_hot.mT @ hessian[g] @ one_hot
-            ridge = lnq._RIDGE * normal.trace() / 2**bits / torch.linalg.eigvalsh(normal)[0]
+            ridge = quadratic._RIDGE * normal.trace() / 2**bits / torch.linalg.eigvalsh(normal)[0]
             step = (best.squeeze(1) - start[g, r]).norm()
             bound = ridge * step + torch.finfo(torch.float32).eps * best.abs().max()
             assert ((quantized[g, r] - (one_hot @ best).squeeze(1)).abs() <= bound).all()

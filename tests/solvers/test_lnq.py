@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidedquant.solvers import SolverSpec, kmeans, lnq, rtn
+from hf_guidedquant.solvers import SolverSpec, kmeans, lnq, quadratic, rtn
 from hf_guidedquant.solvers.base import row_objective
 from hf_guidedquant.solvers.hessian import condition
 
@@ -26,7 +26,7 @@ def problem(seed: int, groups: int = 2, rows: int = 3, inputs: int = 21) -> tupl
     return weight, correlated_hessian(groups, inputs, 4 * inputs, generator).double()
 
 
-def random_state(lnq_problem: lnq.Problem, bits: int, seed: int) -> lnq.State:
+def random_state(lnq_problem: quadratic.Problem, bits: int, seed: int) -> quadratic.State:
     """Codes and an ascending codebook at random."""
     groups, inputs, rows = lnq_problem.weight.shape
     generator = torch.Generator().manual_seed(seed)
@@ -56,10 +56,10 @@ def naive_descent(w: list, h: list, codes: list, codebook: list, cycles: int) ->
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("cycles", [1, 3])
 def test_blocked_coordinate_descent_is_the_naive_loop(monkeypatch, panel, block, bits, cycles):
-    monkeypatch.setattr(lnq, "PANEL", panel)
-    monkeypatch.setattr(lnq, "BLOCK", block)
+    monkeypatch.setattr(quadratic, "PANEL", panel)
+    monkeypatch.setattr(quadratic, "BLOCK", block)
     weight, hessian = problem(seed=bits)
-    descent = lnq.Problem(weight, hessian)
+    descent = quadratic.Problem(weight, hessian)
     start = random_state(descent, bits, seed=7)
     end = descent.assign(start, cycles)
     for g in range(weight.shape[0]):
@@ -79,10 +79,10 @@ def test_blocked_coordinate_descent_is_the_naive_loop(monkeypatch, panel, block,
 @pytest.mark.parametrize("chunk", [1, 1 << 23])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeypatch, chunk, bits):
-    monkeypatch.setattr(lnq, "_CHUNK", chunk)
+    monkeypatch.setattr(quadratic, "_CHUNK", chunk)
     weight, hessian = problem(seed=20 + bits)
     inputs, levels = weight.shape[-1], 2**bits
-    step = lnq.Problem(weight, hessian)
+    step = quadratic.Problem(weight, hessian)
     before = random_state(step, bits, seed=8)
     after = step.fit_codebook(before)
     assert (after.codebook.diff(dim=-1) >= 0).all()
@@ -100,7 +100,7 @@ def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeyp
             spectrum = torch.linalg.eigvalsh(normal)
             # The ridge ε shortens the step by at most ε / λ_min; forming and solving the normal equations loses
             # K eps cond(A) of the codebook's size.
-            ridge = lnq._RIDGE * normal.trace() / levels
+            ridge = quadratic._RIDGE * normal.trace() / levels
             size = torch.cat([best, old]).abs().max() * levels**0.5
             bound = (
                 ridge / spectrum[0] * (best - old[used]).norm() + 8 * inputs * EPS64 * spectrum[-1] / spectrum[0] * size
@@ -178,6 +178,20 @@ def test_lnq_beats_squeezellm_beats_rtn_on_the_objective(seed, bits):
     assert ours.sum() < clustered.sum() < grid.sum()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_sweep_is_a_better_start_than_k_means(bits):
+    """Where inputs depend on each other; of many rows together, not of each."""
+    found = dict.fromkeys((0, 1, 3), 0.0)
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(2, 16, 96, generator=generator)
+        hessian = correlated_hessian(2, 96, 400, generator)
+        for sweeps in found:
+            solution = lnq.solve(weight, hessian, SolverSpec(bits, lnq_sweeps=sweeps))
+            found[sweeps] += float(true_objective(solution, weight, hessian).sum())
+    assert found[1] < found[0]
+
+
 # others back.
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
 def test_lnq_beats_rtn_at_many_bits(bits):
@@ -192,12 +206,12 @@ def test_lnq_beats_rtn_at_many_bits(bits):
 @pytest.mark.parametrize("seed", range(5))
 def test_each_step_alone_never_raises_the_objective(seed, bits):
     weight, hessian = problem(seed, rows=5, inputs=40)
-    steps = lnq.Problem(weight, hessian)
+    steps = quadratic.Problem(weight, hessian)
     state = random_state(steps, bits, seed)
     for step in (lambda s: steps.assign(s, 1), steps.fit_codebook) * 3:
         after = step(state)
         # The first objective is the largest; its K² terms round at most K + 2 times each.
-        error = (lnq._look_up(state.codes, state.codebook) - steps.weight).abs()
+        error = (quadratic._look_up(state.codes, state.codebook) - steps.weight).abs()
         slack = 2 * (40 + 2) * EPS64 * (error * torch.bmm(hessian.abs(), error)).sum(dim=1)
         assert (after.objective <= state.objective + slack).all()
         state = after

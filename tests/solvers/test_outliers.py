@@ -5,7 +5,7 @@ import torch
 from test_lnq import naive_descent, random_state
 from test_registry import EPS32, G, K, R, as_matrix, problem
 
-from hf_guidedquant.solvers import SOLVERS, SolverSpec, lnq, outliers, solve
+from hf_guidedquant.solvers import SOLVERS, SolverSpec, outliers, quadratic, solve
 
 COUNT = 3
 
@@ -144,18 +144,22 @@ def test_dependent_inputs_do_not_make_them_explode():
     assert (stored(solution)[..., :2] - 50).abs().max() < 10
 
 
-def masked_problem(seed: int) -> tuple[lnq.Problem, lnq.Problem, torch.Tensor]:
+def masked_problem(seed: int) -> tuple[quadratic.Problem, quadratic.Problem, torch.Tensor]:
     """LNQ with the same outliers in every row, LNQ without these inputs, and the inputs that are left; float64."""
     weight, hessian = (tensor.double() for tensor in problem("hessian", seed))
     mask = torch.zeros(G, R, K, dtype=torch.bool)
     mask[..., [3, 20, 36]] = True
     left = torch.arange(K)[~mask[0, 0]]
-    return lnq.Problem(weight, hessian, mask), lnq.Problem(weight[..., left], hessian[:, left][:, :, left]), left
+    return (
+        quadratic.Problem(weight, hessian, mask),
+        quadratic.Problem(weight[..., left], hessian[:, left][:, :, left]),
+        left,
+    )
 
 
 @pytest.mark.parametrize("block", [4, 128])
 def test_coordinate_descent_is_that_without_these_inputs(block, monkeypatch):
-    monkeypatch.setattr(lnq, "BLOCK", block)
+    monkeypatch.setattr(quadratic, "BLOCK", block)
     whole, part, left = masked_problem(1)
     start = random_state(whole, 2, seed=1)
     found = whole.assign(start, cycles=2)

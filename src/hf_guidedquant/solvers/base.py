@@ -20,12 +20,13 @@ class SolverSpec:
     Attributes:
         bits: Bits per weight; a codebook has ``2**bits`` entries.
         codebook_dtype: The dtype that codebooks are stored in. Results are exactly representable in it.
-        lnq_iterations, lnq_cycles, kmeans_iterations: See :class:`GuidedQuantConfig`.
+        lnq_sweeps, lnq_iterations, lnq_cycles, kmeans_iterations: See :class:`GuidedQuantConfig`.
         outliers: Weights of every row that are kept beside the codes; less than all.
     """
 
     bits: int
     codebook_dtype: torch.dtype = torch.float16
+    lnq_sweeps: int = 1
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_kernels.backend import launching_on
-from .lnq import BLOCK
+from .quadratic import BLOCK
 
 # Inputs between two products, rows of a program and its warps.
 _STEPS, _ROWS, _WARPS = 16, 32, 4

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import rtn
 from .base import Solution, SolverSpec, look_up, nearest, row_objective, without
 from .hessian import cholesky
-from .lnq import Problem
+from .quadratic import Problem
 
 # Added to the diagonal for the sweep, in units of its mean (section 3.3 of the paper).
 DAMPING = 0.01

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import gptq, kmeans, lnq
 from .base import Solution, SolverSpec, round_codebook
+from .quadratic import Problem
 
 
 def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
@@ -15,7 +16,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     codes, centroids = kmeans.cluster(weight, hessian.diagonal(dim1=-2, dim2=-1), spec, outliers)
     codebook = round_codebook(centroids, spec.codebook_dtype)
     swept_codes = gptq.sweep(weight, hessian, codebook, outliers)
-    problem = lnq.Problem(weight, hessian, outliers)
+    problem = Problem(weight, hessian, outliers)
     start = problem.state(codes.mT.contiguous(), codebook)
     swept = problem.state(swept_codes.mT.contiguous(), codebook)
     fitted = problem.fit_codebook(swept)

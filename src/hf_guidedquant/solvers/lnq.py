@@ -1,62 +1,35 @@
-"""Layer-wise non-uniform quantization (LNQ; Kim et al. 2025, section 4).
+"""Layer-wise non-uniform quantization (LNQ; Kim et al. 2025, section 4), from a better start.
 
-Per row, minimise ``(ŵ - w)ᵀ H (ŵ - w)`` over codes q and a codebook c, ``ŵ_k = c[q_k]``, by turns:
+Per row, minimise ``(ŵ - w)ᵀ H (ŵ - w)`` over codes and a codebook by turns: the codebook in closed form, the codes by
+cyclic coordinate descent (quadratic.py). Every row's best state is kept, so the objective never increases.
 
-* the codebook in closed form, ``c = (Pᵀ H P)⁻¹ Pᵀ H w`` with P the one-hot matrix of q;
-* the codes by cyclic coordinate descent: input j takes the codeword nearest to ``ŵ_j - (H (ŵ - w))_j / H_jj``.
-
-Every row's best state is kept, so the objective never increases. Work arrays are laid out ``[G, K, R]`` (inputs before
-rows): a coordinate-descent step then touches contiguous memory. On a GPU with Triton a block of steps is one launch
-(descent.py) and the large products run on tensor cores without loss of accuracy (products.py).
+The paper starts from the weighted k-means, which knows the diagonal of H only, and coordinate descent then stops at the
+nearest point where no single code can be bettered. GPTQ's sweep (gptq.py) moves all codes with all of H in view, so the
+descent starts from sweeps, each followed by a codebook fit.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from ..triton_kernels import backend_for
-from . import kmeans
-from .base import Solution, SolverSpec, nearest, parts, round_codebook, sort_codebook
-from .products import PlainProduct, SplitProduct, has_tensor_cores
-
-# Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
-# changes reach the rest of its panel by one matrix product; steps inside a block read the block's own changes.
-PANEL, BLOCK = 1024, 128
-# Ridge of the codebook step relative to the mean diagonal of its normal equations, and the largest one-hot array.
-_RIDGE = 1e-7
-_CHUNK = 1 << 25
-
-
-@dataclass(frozen=True)
-class State:
-    """Codes uint8 ``[G, K, R]``, codebook ``[G, R, L]`` and objective fp64 ``[G, R]``."""
-
-    codes: Tensor
-    codebook: Tensor
-    objective: Tensor
-
-    def better(self, other: "State") -> "State":
-        """Of every row the state with the lower objective."""
-        take = other.objective < self.objective
-        return State(
-            torch.where(take.unsqueeze(1), other.codes, self.codes),
-            torch.where(take.unsqueeze(2), other.codebook, self.codebook),
-            torch.where(take, other.objective, self.objective),
-        )
+from . import gptq, kmeans
+from .base import Solution, SolverSpec, round_codebook
+from .quadratic import Problem
 
 
 def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` (symmetric, positive diagonal).
 
-    From the weighted k-means, ``lnq_iterations`` times: assign, fit the codebook. Then the codebook is rounded to the
-    dtype it is stored in and the codes are assigned once more, so that what is saved is stationary.
+    From the weighted k-means, ``lnq_sweeps`` times: sweep, fit the codebook. Then ``lnq_iterations`` times: assign, fit
+    the codebook. Then the codebook is rounded to the dtype it is stored in and the codes are assigned once more, so
+    that what is saved is stationary.
     """
     problem = Problem(weight, hessian, outliers)
     codes, codebook = kmeans.cluster(weight, problem.diagonal, spec, outliers)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
     best = start
+    for _ in range(spec.lnq_sweeps):
+        codes = gptq.sweep(weight, hessian, best.codebook, outliers)
+        best = best.better(problem.state(codes.mT.contiguous(), best.codebook))
+        best = best.better(problem.fit_codebook(best))
     for _ in range(spec.lnq_iterations):
         best = best.better(problem.assign(best, spec.lnq_cycles))
         best = best.better(problem.fit_codebook(best))
@@ -70,146 +43,6 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
 
 
 def memory(groups: int, rows: int, inputs: int) -> int:
-    """Bytes at the worst moment: k-means, or what was measured per weight; and the Hessians once more, in pieces."""
-    solving = max(kmeans.memory(groups, rows, inputs), 36 * groups * rows * inputs)
+    """Bytes at the worst moment: k-means, the sweep, or what was measured per weight; and the Hessians in pieces."""
+    solving = max(kmeans.memory(groups, rows, inputs), gptq.memory(groups, rows, inputs), 36 * groups * rows * inputs)
     return 6 * groups * inputs**2 + solving
-
-
-class Problem:
-    """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply.
-
-    ``outliers``, bool ``[G, R, K]``, are weights whose errors are zero: they pull at no other, belong to no codeword
-    and do not move. ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
-    """
-
-    def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None, pieces: bool = True) -> None:
-        self.weight = weight.mT.contiguous()
-        self.outliers = None if outliers is None else outliers.mT.contiguous()
-        self.hessian = hessian.contiguous()
-        self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        self.inverse = (1 / self.diagonal).contiguous()
-        self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
-        split = pieces and self.fused and has_tensor_cores(weight.device)
-        self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
-
-    def state(self, codes: Tensor, codebook: Tensor) -> State:
-        error = self.quantized(codes, codebook).sub_(self.weight)
-        operand = self.product.operand(error)
-        objective = error.new_zeros(error.shape[0], error.shape[2], dtype=torch.float64)
-        for panel in _panels(error.shape[1]):
-            objective += (error[:, panel] * self.product.rows(panel, operand)).sum(dim=1, dtype=torch.float64)
-        return State(codes, codebook, objective)
-
-    def quantized(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        """Quantized weights ``[G, K, R]``; outliers are as they were."""
-        found = _look_up(codes, codebook)
-        return found if self.outliers is None else torch.where(self.outliers, self.weight, found)
-
-    def assign(self, state: State, cycles: int) -> State:
-        """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""
-        quantized = self.quantized(state.codes, state.codebook)
-        self.descend(quantized, state.codebook, cycles)
-        codes = nearest(state.codebook, quantized.mT).mT.contiguous()
-        del quantized
-        return self.state(codes, state.codebook)
-
-    def descend(self, quantized: Tensor, codebook: Tensor, cycles: int) -> None:
-        """Take all inputs of ``quantized [G, K, R]``, in place, to entries of ``codebook [G, R, L]``, as `assign`.
-
-        Outliers stay where they are.
-        """
-        codebook = codebook.mT.contiguous()
-        error = self.product.operand(quantized - self.weight)
-        for _ in range(cycles):
-            moved = torch.zeros((), dtype=torch.bool, device=quantized.device)
-            for panel in _panels(quantized.shape[1]):
-                before = quantized[:, panel].clone()
-                self._assign_panel(panel, quantized, self.product.rows(panel, error), codebook)
-                error[..., panel, :] = self.product.operand(quantized[:, panel] - self.weight[:, panel])
-                moved |= (before != quantized[:, panel]).any()
-            if not moved:
-                break
-
-    def _assign_panel(self, panel: slice, quantized: Tensor, pull: Tensor, codebook: Tensor) -> None:
-        """One pass over the inputs of a panel, in place: ``quantized [G, K, R]``, ``pull`` = H (ŵ - w) of the panel."""
-        if self.fused:
-            from .descent import descend
-        else:
-            descend = _descend
-        for start in range(panel.start, panel.stop, BLOCK):
-            block = slice(start, min(start + BLOCK, panel.stop))
-            offset = start - panel.start
-            change = descend(self.hessian, self.inverse, pull, quantized, codebook, block, offset, self.outliers)
-            if block.stop < panel.stop:
-                beside = self.hessian[:, block.stop : panel.stop, block]
-                pull[:, offset + BLOCK :].baddbmm_(beside, change)
-
-    def fit_codebook(self, state: State) -> State:
-        """The best codebook for the state's codes, in ascending order, and the codes renumbered to match.
-
-        Solves for the change from the old codebook, ``(Pᵀ H P + εI) δ = -Pᵀ H e``: an empty codeword has a zero row
-        and right-hand side and stays where it is.
-        """
-        codes, codebook = state.codes.mT.contiguous(), state.codebook  # [G, R, K], [G, R, L]
-        groups, rows, inputs = codes.shape
-        levels = codebook.shape[-1]
-        error = self.quantized(state.codes, codebook).sub_(self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
-        inliers = None if self.outliers is None else ~self.outliers.mT.unsqueeze(2)  # [G, R, 1, K]
-        entries = torch.arange(levels, device=codes.device).unsqueeze(-1)
-        fitted = torch.empty_like(codebook)
-        step = max(1, _CHUNK // (groups * inputs * levels))
-        for i in range(0, rows, step):
-            part = slice(i, i + step)
-            one_hot = codes[:, part].unsqueeze(2) == entries  # Pᵀ: [G, r, L, K]
-            if inliers is not None:
-                one_hot &= inliers[:, part]
-            curved = self.product.one_hot(one_hot.flatten(1, 2)).view(one_hot.shape)  # Pᵀ H
-            normal = (curved @ one_hot.to(curved.dtype).mT).double()  # [G, r, L, L]
-            right = (curved @ error[:, part]).double()  # [G, r, L, 1]
-            ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-            normal.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
-            fitted[:, part] = codebook[:, part] - torch.linalg.solve(normal, right).squeeze(-1).to(codebook.dtype)
-        del error
-        renumbered, fitted = sort_codebook(codes, fitted)
-        return self.state(renumbered.mT.contiguous(), fitted)
-
-
-def _descend(
-    hessian: Tensor,
-    inverse: Tensor,
-    pull: Tensor,
-    quantized: Tensor,
-    codebook: Tensor,
-    block: slice,
-    offset: int,
-    outliers: Tensor | None = None,
-) -> Tensor:
-    """As :func:`.descent.descend`, in plain torch, for any device and dtype."""
-    midpoints = (codebook[:, 1:] + codebook[:, :-1]) / 2
-    change = torch.empty_like(quantized[:, block])
-    for done in range(change.shape[1]):
-        j = block.start + done
-        slope = pull[:, offset + done]
-        if done:
-            slope = slope + torch.bmm(hessian[:, j : j + 1, block.start : j], change[:, :done]).squeeze(1)
-        target = quantized[:, j] - slope * inverse[:, j : j + 1]
-        code = (target.unsqueeze(1) > midpoints).sum(dim=1, keepdim=True)
-        value = codebook.gather(1, code).squeeze(1)
-        if outliers is not None:
-            value = torch.where(outliers[:, j], quantized[:, j], value)
-        torch.sub(value, quantized[:, j], out=change[:, done])
-        quantized[:, j] = value
-    return change
-
-
-def _look_up(codes: Tensor, codebook: Tensor) -> Tensor:
-    """Codes uint8 ``[G, K, R]`` and codebook ``[G, R, L]`` -> quantized weights ``[G, K, R]``."""
-    table = codebook.mT.contiguous()
-    found = torch.empty(codes.shape, dtype=codebook.dtype, device=codes.device)
-    for part in parts(codes.shape[1], codes[:, 0].numel()):
-        found[:, part] = table.gather(1, codes[:, part].long())
-    return found
-
-
-def _panels(inputs: int) -> Iterator[slice]:
-    return (slice(start, min(start + PANEL, inputs)) for start in range(0, inputs, PANEL))

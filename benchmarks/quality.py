@@ -33,8 +33,10 @@ LADDER: dict[str, dict[str, Any]] = {
     "GPTQ + guided": {"method": "gptq", "guided": True},
     "GPTVQ-1D": {"method": "gptvq1d", "guided": False},
     "GPTVQ-1D + guided": {"method": "gptvq1d", "guided": True},
-    "LNQ": {"method": "lnq", "guided": False},
-    "LNQ + guided": {"method": "lnq", "guided": True},
+    # As published.
+    "LNQ": {"method": "lnq", "guided": False, "lnq_sweeps": 0},
+    "LNQ + guided": {"method": "lnq", "guided": True, "lnq_sweeps": 0},
+    "sweep + LNQ + guided": {"method": "lnq", "guided": True},
     "SqueezeLLM + 0.45% sparse": {"method": "squeezellm", "outliers": 0.0045},
     "LNQ + 0.45% sparse": {"method": "lnq", "guided": False, "outliers": 0.0045},
     "LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
@@ -179,7 +181,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
     parser.add_argument("--bits", type=width, nargs="+", default=[2, 3, 4], help="like 2 or, as a mean, 2.5")
     parser.add_argument(
-        "--methods", nargs="+", choices=list(LADDER), default=["RTN", "SqueezeLLM", "LNQ", "LNQ + guided", "best"]
+        "--methods",
+        nargs="+",
+        choices=list(LADDER),
+        default=["RTN", "SqueezeLLM", "LNQ", "LNQ + guided", "sweep + LNQ + guided", "best"],
     )
     parser.add_argument("--num-samples", type=int, default=128, help="calibration rows")
     parser.add_argument("--seq-len", type=int, default=2048, help="tokens per calibration row")

@@ -116,7 +116,7 @@ def test_the_settings_table_gives_the_real_defaults():
     for field in (*single, "cache_dequantized", "fuse_layers"):
         assert ast.literal_eval(defaults[field].strip("`")) == getattr(config, field), field
     assert defaults["num_samples"] == f"{config.num_samples}, {config.seq_len}, {config.seed}"
-    assert defaults["lnq_iterations"] == f"{config.lnq_iterations}, {config.lnq_cycles}"
+    assert defaults["lnq_iterations"] == f"{config.lnq_sweeps}, {config.lnq_iterations}, {config.lnq_cycles}"
 
 
 def anchors(page):

@@ -154,7 +154,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
             outputs need not divide by it.
-        lnq_sweeps: GPTQ sweeps before that, each with a codebook update. The paper has none. 0-100.
+        lnq_sweeps: GPTQ sweeps that LNQ starts with, each followed by a codebook update. The paper has none. 0-100.
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
         kmeans_iterations: Cap on Lloyd iterations of the weighted k-means. 0-1000.

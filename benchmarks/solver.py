@@ -48,7 +48,7 @@ class Parts:
 
     places: tuple[tuple[Any, str, str], ...] = (
         (kmeans, "cluster", "k-means"),
-        (gptq, "sweep", "sweep"),
+        (gptq.Sweep, "codes", "sweep"),
         (quadratic.Problem, "assign", "descent"),
         (quadratic.Problem, "fit_codebook", "codebook"),
     )

@@ -120,7 +120,7 @@ def test_the_settings_of_a_training_are_complete_and_copied(training):
 
 def test_what_is_given_counts_more_than_the_preset():
     assert GuidedQuantConfig(preset="paper") == GuidedQuantConfig(num_groups=4, lnq_sweeps=0)
-    assert GuidedQuantConfig(preset="paper", num_groups=1, lnq_sweeps=1) == GuidedQuantConfig()
+    assert GuidedQuantConfig(preset="paper", num_groups=1, lnq_sweeps=3) == GuidedQuantConfig()
     best = GuidedQuantConfig(bits=2, preset="best", distill=False)
     assert (best.bits, best.num_groups, best.distill, best.reconstruct_spec) == (2, 4, False, ReconstructSpec())
     assert GuidedQuantConfig.from_dict({"preset": "best", "bits": 3}) == GuidedQuantConfig(bits=3, preset="best")

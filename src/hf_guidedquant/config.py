@@ -30,7 +30,7 @@ OVERRIDABLE = ("bits", "method")
 # Settings by the name of what they are for; what is given beside the name counts instead.
 PRESETS: dict[str, dict[str, Any]] = {
     # Forward passes only, over fewer rows, and one round of codebook updates.
-    "fast": {"guided": False, "num_samples": 32, "lnq_iterations": 1},
+    "fast": {"guided": False, "num_samples": 32, "lnq_sweeps": 1, "lnq_iterations": 1},
     # Guided LNQ as published: four Hessians per layer, nothing trained.
     "paper": {"method": "lnq", "guided": True, "num_groups": 4, "lnq_sweeps": 0},
     # Codes and codebooks trained block by block, then codebooks end to end.
@@ -213,7 +213,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
-    lnq_sweeps: int = 1
+    lnq_sweeps: int = 3
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50

@@ -35,7 +35,7 @@ def test_the_blocked_sweep_is_the_textbook(monkeypatch, panel, block, bits):
     }
     for codebook in grids.values():
         codebook = codebook.double()
-        codes = gptq.sweep(weight, hessian, codebook)
+        codes = gptq.Sweep(weight, hessian).codes(codebook)
         assert not torch.equal(codes, nearest(codebook, weight))
         for g in range(weight.shape[0]):
             for r in range(weight.shape[1]):
@@ -47,7 +47,7 @@ def test_gptq_is_the_sweep_on_the_grid_of_rtn(bits):
     weight, hessian = problem(seed=10 + bits)
     solution = gptq.solve(weight, hessian, SolverSpec(bits))
     assert torch.equal(solution.codebook, rtn.solve(weight, None, SolverSpec(bits)).codebook)
-    assert torch.equal(solution.codes, gptq.sweep(weight, hessian, solution.codebook.double()))
+    assert torch.equal(solution.codes, gptq.Sweep(weight, hessian).codes(solution.codebook.double()))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])
@@ -56,7 +56,7 @@ def test_gptvq1d_fits_its_codebook_to_the_codes_of_the_sweep(bits):
     weight, hessian = problem(seed=20 + bits, inputs=40)
     spec = SolverSpec(bits, torch.float32)
     start = kmeans.solve(weight, hessian.diagonal(dim1=-2, dim2=-1), spec).codebook.double()
-    codes = gptq.sweep(weight, hessian, start).long()
+    codes = gptq.Sweep(weight, hessian).codes(start).long()
     solution = gptvq1d.solve(weight, hessian, spec)
     quantized = solution.codebook.double().gather(-1, solution.codes.long())
     for g in range(weight.shape[0]):
@@ -129,12 +129,12 @@ class TestBoth:
         hessian[:, 7], hessian[..., 7] = 0, 0
         hessian = condition(hessian.float(), "layer")[0].double()
         codebook = rtn.grid(weight, SolverSpec(2))
-        codes = gptq.sweep(weight, hessian, codebook)
+        codes = gptq.Sweep(weight, hessian).codes(codebook)
         assert torch.equal(codes[..., 7], nearest(codebook, weight)[..., 7])
         changed = weight.clone()
         changed[..., 7] = codebook[..., 1]
         others = torch.arange(30) != 7
-        assert torch.equal(gptq.sweep(changed, hessian, codebook)[..., others], codes[..., others])
+        assert torch.equal(gptq.Sweep(changed, hessian).codes(codebook)[..., others], codes[..., others])
 
     @pytest.mark.parametrize("rank", [1, 5])
     def test_singular_hessians_do_no_worse_than_rounding(self, name, rank):
@@ -151,4 +151,4 @@ def test_what_no_damping_helps_is_rounded_input_by_input():
     hessian[0, 0, 1] = hessian[0, 1, 0] = 50.0
     weight = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
     codebook = rtn.grid(weight, SolverSpec(2))
-    assert torch.equal(gptq.sweep(weight, hessian, codebook), nearest(codebook, weight))
+    assert torch.equal(gptq.Sweep(weight, hessian).codes(codebook), nearest(codebook, weight))

@@ -26,7 +26,7 @@ class SolverSpec:
 
     bits: int
     codebook_dtype: torch.dtype = torch.float16
-    lnq_sweeps: int = 1
+    lnq_sweeps: int = 3
     lnq_iterations: int = 2
     lnq_cycles: int = 4
     kmeans_iterations: int = 50

@@ -26,8 +26,9 @@ DAMPING = 0.01
 def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` to the evenly spaced values of :func:`.rtn.grid`."""
     codebook = rtn.grid(without(outliers, weight), spec)
+    swept = Sweep(weight, hessian, outliers).codes(codebook)
     objectives = {}
-    for stage, codes in (("rtn", nearest(codebook, weight)), ("gptq", sweep(weight, hessian, codebook, outliers))):
+    for stage, codes in (("rtn", nearest(codebook, weight)), ("gptq", swept)):
         objectives[stage] = row_objective(weight, look_up(codes, codebook, weight, outliers), hessian)
     return Solution(codes, codebook.to(spec.codebook_dtype), objectives)
 
@@ -37,25 +38,29 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     return 4 * groups * inputs**2 + max(12 * inputs**2, 30 * groups * rows * inputs)
 
 
-def sweep(weight: Tensor, hessian: Tensor, codebook: Tensor, outliers: Tensor | None = None) -> Tensor:
-    """Codes of ``weight [G, R, K]`` after one sweep, uint8 ``[G, R, K]``.
+class Sweep:
+    """The sweep of some weights, for any codebook.
 
     Args:
         weight, hessian: As for :func:`solve`.
-        codebook: Ascending, ``[G, R, L]``, any spacing.
         outliers: Weights whose errors are zero, bool ``[G, R, K]``.
     """
-    order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    factor = torch.empty_like(hessian)
-    for group, places in enumerate(order):
-        factor[group] = _factor(hessian[group], places)
-    places = order.unsqueeze(1).expand_as(weight)
-    ordered = None if outliers is None else outliers.gather(-1, places)
-    problem = Problem(weight.gather(-1, places), factor, ordered, pieces=False)
-    quantized = problem.weight.clone()
-    problem.descend(quantized, codebook, cycles=1)
-    codes = nearest(codebook, quantized.mT)
-    return torch.empty_like(codes).scatter_(-1, places, codes)
+
+    def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None) -> None:
+        order = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        factor = torch.empty_like(hessian)
+        for group, places in enumerate(order):
+            factor[group] = _factor(hessian[group], places)
+        self._places = order.unsqueeze(1).expand_as(weight)
+        ordered = None if outliers is None else outliers.gather(-1, self._places)
+        self._problem = Problem(weight.gather(-1, self._places), factor, ordered, pieces=False)
+
+    def codes(self, codebook: Tensor) -> Tensor:
+        """Codes after the sweep, uint8 ``[G, R, K]``; the codebook is ascending, ``[G, R, L]``, with any spacing."""
+        quantized = self._problem.weight.clone()
+        self._problem.descend(quantized, codebook, cycles=1)
+        codes = nearest(codebook, quantized.mT)
+        return torch.empty_like(codes).scatter_(-1, self._places, codes)
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     """Quantize ``weight [G, R, K]`` under ``hessian [G, K, K]`` (symmetric, positive diagonal)."""
     codes, centroids = kmeans.cluster(weight, hessian.diagonal(dim1=-2, dim2=-1), spec, outliers)
     codebook = round_codebook(centroids, spec.codebook_dtype)
-    swept_codes = gptq.sweep(weight, hessian, codebook, outliers)
+    swept_codes = gptq.Sweep(weight, hessian, outliers).codes(codebook)
     problem = Problem(weight, hessian, outliers)
     start = problem.state(codes.mT.contiguous(), codebook)
     swept = problem.state(swept_codes.mT.contiguous(), codebook)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import gptq, kmeans
 from .base import Solution, SolverSpec, round_codebook
-from .quadratic import Problem
+from .quadratic import Problem, State
 
 
 def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | None = None) -> Solution:
@@ -25,11 +25,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     problem = Problem(weight, hessian, outliers)
     codes, codebook = kmeans.cluster(weight, problem.diagonal, spec, outliers)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
-    best = start
-    for _ in range(spec.lnq_sweeps):
-        codes = gptq.sweep(weight, hessian, best.codebook, outliers)
-        best = best.better(problem.state(codes.mT.contiguous(), best.codebook))
-        best = best.better(problem.fit_codebook(best))
+    best = _swept(problem, start, gptq.Sweep(weight, hessian, outliers), spec.lnq_sweeps) if spec.lnq_sweeps else start
     for _ in range(spec.lnq_iterations):
         best = best.better(problem.assign(best, spec.lnq_cycles))
         best = best.better(problem.fit_codebook(best))
@@ -42,7 +38,16 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     )
 
 
+def _swept(problem: Problem, best: State, sweep: gptq.Sweep, count: int) -> State:
+    for _ in range(count):
+        best = best.better(problem.state(sweep.codes(best.codebook).mT.contiguous(), best.codebook))
+        best = best.better(problem.fit_codebook(best))
+    return best
+
+
 def memory(groups: int, rows: int, inputs: int) -> int:
-    """Bytes at the worst moment: k-means, the sweep, or what was measured per weight; and the Hessians in pieces."""
-    solving = max(kmeans.memory(groups, rows, inputs), gptq.memory(groups, rows, inputs), 36 * groups * rows * inputs)
+    """Bytes at the worst moment: k-means, sweeps, or what was measured per weight; and the Hessians in pieces."""
+    # During the sweeps the weights and the best codes are there as well.
+    weights = groups * rows * inputs
+    solving = max(kmeans.memory(groups, rows, inputs), gptq.memory(groups, rows, inputs) + 6 * weights, 36 * weights)
     return 6 * groups * inputs**2 + solving

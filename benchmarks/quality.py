@@ -38,10 +38,11 @@ LADDER: dict[str, dict[str, Any]] = {
     "LNQ + guided": {"method": "lnq", "guided": True, "lnq_sweeps": 0},
     "sweep + LNQ + guided": {"method": "lnq", "guided": True},
     "SqueezeLLM + 0.45% sparse": {"method": "squeezellm", "outliers": 0.0045},
-    "LNQ + 0.45% sparse": {"method": "lnq", "guided": False, "outliers": 0.0045},
-    "LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
-    "LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
-    "LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
+    "LNQ + 0.45% sparse": {"method": "lnq", "guided": False, "lnq_sweeps": 0, "outliers": 0.0045},
+    "LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "lnq_sweeps": 0, "outliers": 0.0045},
+    "sweep + LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
+    "sweep + LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
+    "sweep + LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
     "best": {"preset": "best"},
 }
 

@@ -28,8 +28,9 @@ lint: $(ready)
 types: $(ready)
 	$(bin)/mypy
 
+# A process per core, with one thread each: threads of several processes would wait for each other.
 unit: $(ready)
-	$(bin)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n auto
 
 # The end-to-end tests on other versions of transformers, laid over the environment without changing it.
 compat: $(ready)
@@ -40,7 +41,7 @@ compat: $(ready)
 	    $(bin)/pip install -q --target $$overlay.part --no-deps transformers==$$version && \
 	    mv $$overlay.part $$overlay; } || exit 1; \
 	  echo "== transformers $$version"; \
-	  PYTHONPATH=$$overlay $(bin)/python -m pytest -q $(end_to_end) || exit 1; \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$$overlay $(bin)/python -m pytest -q -n auto $(end_to_end) || exit 1; \
 	done
 
 setup: $(ready)

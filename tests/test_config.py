@@ -32,6 +32,7 @@ def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
         ("assistant_only_loss", "assistant"),
         ("num_groups", 0),
         ("num_groups", 1025),
+        ("lnq_sweeps", -1),
         ("lnq_iterations", -1),
         ("lnq_cycles", 0),
         ("kmeans_iterations", 1001),

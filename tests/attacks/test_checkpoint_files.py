@@ -12,39 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutation import EXAMPLES, bounded_memory, damage, header_end, join, mutate, split
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from victim import INDEX, WEIGHTS, logits, nothing_but_named_errors, quantized
 
-import hf_guidedquant
 from hf_guidedquant.cli import main
 from hf_guidedquant.errors import CheckpointError, DamagedFileError, NonFiniteTensorError, TensorMismatchError
 from hf_guidedquant.inspection import inspect
 
+pytest_plugins = ["victim"]  # intact, folder, forbid_weights
+
 LAYER = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory) -> Path:
-    return hf_guidedquant.save(quantized(), tmp_path_factory.mktemp("intact") / "model")
-
-
-@pytest.fixture
-def folder(intact, tmp_path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
 @pytest.fixture
 def shards(tmp_path) -> Path:
     quantized().save_pretrained(tmp_path / "shards", max_shard_size="40KB")
     return tmp_path / "shards"
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch):
-    def reached(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", reached)
 
 
 def change_tensors(folder: Path, **changes) -> None:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import shutil
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -11,34 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mutation import EXAMPLES, bounded_memory, mutate
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from victim import CONFIG, ESCAPE, change_config, change_settings, logits, nothing_but_named_errors, quantized
 
-import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CheckpointError, ConfigError
 from hf_guidedquant.inspection import inspect
 
+pytest_plugins = ["victim"]  # intact, folder, forbid_weights
+
 LAYER = "model.layers.1.mlp.up_proj"
 WRONG_BITS = [0, -1, 9, 2**31, True, "2", None, [3], 2.5]
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory) -> Path:
-    return hf_guidedquant.save(quantized(), tmp_path_factory.mktemp("intact") / "model")
-
-
-@pytest.fixture
-def folder(intact, tmp_path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "model"))
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch):
-    def reached(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", reached)
 
 
 @EXAMPLES

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CheckpointError, ConfigError, NonFiniteTensorError, TensorMismatchError
 from hf_guidedquant.inspection import inspect
 
+pytest_plugins = ["victim"]  # intact, folder, forbid_weights
+
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -32,11 +33,6 @@ def tied():
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory) -> Path:
     return hf_guidedquant.save(tied(), tmp_path_factory.mktemp("tied") / "model")
-
-
-@pytest.fixture
-def folder(intact, tmp_path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
 def change_tensors(folder: Path, **changes) -> None:

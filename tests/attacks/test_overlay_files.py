@@ -2,7 +2,6 @@
 
 import functools
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,15 @@ import torch
 from conftest import tiny_model, token_rows
 from mutation import bounded_memory
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from victim import CONFIG, WEIGHTS, change_settings
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CheckpointError, ConfigError, NonFiniteTensorError, OverlayError, TensorMismatchError
 from hf_guidedquant.inspection import inspect
+
+pytest_plugins = ["victim"]  # intact, folder, forbid_weights
 
 LAYER = "model.layers.1.mlp.up_proj"  # 96 x 64, with two outliers a row
 
@@ -25,24 +26,6 @@ LAYER = "model.layers.1.mlp.up_proj"  # 96 x 64, with two outliers a row
 def quantized():
     config = GuidedQuantConfig(bits=3, method="squeezellm", outliers=0.03, dataset=token_rows(4))
     return hf_guidedquant.quantize(tiny_model(), config)
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory) -> Path:
-    return hf_guidedquant.save(quantized(), tmp_path_factory.mktemp("intact") / "model")
-
-
-@pytest.fixture
-def folder(intact, tmp_path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "model"))
-
-
-@pytest.fixture
-def forbid_weights(monkeypatch):
-    def reached(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", reached)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """What is written and printed: nothing of the user's texts, and nothing that a stranger's file smuggles in."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 from conftest import tiny_model, token_rows
@@ -10,23 +8,15 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tokenizer import texts, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from victim import ESCAPE, WEIGHTS, change_settings, quantized
+from victim import ESCAPE, WEIGHTS, change_settings
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, errors
 from hf_guidedquant.cli import main
 
+pytest_plugins = ["victim"]  # intact, folder, forbid_weights
+
 MARKUP = "<img src=x> [click](http://x.example) ![x](http://x.example) | `code` www.x.example"
-
-
-@pytest.fixture(scope="module")
-def intact(tmp_path_factory) -> Path:
-    return hf_guidedquant.save(quantized(), tmp_path_factory.mktemp("intact") / "model")
-
-
-@pytest.fixture
-def folder(intact, tmp_path) -> Path:
-    return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("kind", ["list of texts", "text file", "chats"])

@@ -2,13 +2,16 @@
 
 import functools
 import json
+import shutil
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_model, token_rows
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
@@ -23,6 +26,26 @@ ESCAPE = "\x1b[2Jgone\r\n[guidedquant] all is well\u202e"
 @functools.cache
 def quantized():
     return hf_guidedquant.quantize(tiny_model(), GuidedQuantConfig(bits=3, method="squeezellm", dataset=token_rows(4)))
+
+
+@pytest.fixture(scope="module")
+def intact(request, tmp_path_factory) -> Path:
+    """The model, or that of the test module's own ``quantized``, saved."""
+    model = getattr(request.module, "quantized", quantized)()
+    return hf_guidedquant.save(model, tmp_path_factory.mktemp("intact") / "model")
+
+
+@pytest.fixture
+def folder(intact, tmp_path) -> Path:
+    return Path(shutil.copytree(intact, tmp_path / "model"))
+
+
+@pytest.fixture
+def forbid_weights(monkeypatch):
+    def reached(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", reached)
 
 
 def logits(model) -> torch.Tensor:

@@ -129,19 +129,25 @@ def test_token_weights_with_a_shorter_last_group():
     torch.testing.assert_close(token_weights(grad, 1), torch.tensor([[6.8]]), rtol=4 * EPS32, atol=0)
 
 
-@pytest.mark.parametrize("size", [1, 127, 300, 1000])
-def test_a_gram_matrix_in_stripes(size, monkeypatch):
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [1, 127, 255, 300, 1000])
+def test_gram_matrices_of_groups(size, weighted, monkeypatch):
+    """In stripes from 256 inputs on, the groups together below."""
     monkeypatch.setattr(gram, "_STRIPE", 128)
-    x = torch.randn(40, size, generator=torch.Generator().manual_seed(size))
-    total = torch.zeros(2, size, size)
-    for part in (x[:25], x[25:]):
-        gram.add_gram(total[0], part)
-        gram.add_gram(total[1], 2 * part)
+    generator = torch.Generator().manual_seed(size)
+    x, weights = torch.randn(40, size, generator=generator), torch.rand(40, 2, generator=generator)
+    total, diagonal = torch.zeros(2, size, size), torch.zeros(2, size)
+    for part in (slice(0, 25), slice(25, 40)):
+        gram.add_grams(total, x[part], weights[part] if weighted else None)
+        gram.add_squares(diagonal, x[part], weights[part] if weighted else None)
     gram.mirror(total)
-    bound = 42 * EPS32 * (x.abs().double().mT @ x.abs().double())
-    for factor, found in zip((1, 4), total, strict=True):
-        assert torch.equal(found, found.mT)
-        assert ((found - factor * x.double().mT @ x.double()).abs() <= factor * bound).all()
+    for group, own in enumerate(weights.double().mT if weighted else torch.ones(2, 40, dtype=torch.float64)):
+        expected = (x.double() * own.unsqueeze(-1)).mT @ x.double()
+        # 40 sums, and of every term two roots' and three products' rounding.
+        bound = 47 * EPS32 * ((x.double().abs() * own.unsqueeze(-1)).mT @ x.double().abs())
+        assert torch.equal(total[group], total[group].mT)
+        assert ((total[group] - expected).abs() <= bound).all()
+        assert ((diagonal[group] - expected.diagonal()).abs() <= bound.diagonal()).all()
 
 
 def test_the_loss_in_pieces_is_the_loss(monkeypatch):

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..errors import CalibrationError, ModelError
 from ..linears import stored_weight
 from ..workers import Workers
-from .gram import add_gram, mirror, product_dtype
+from .gram import add_grams, add_squares, mirror
 
 logger = logging.getLogger(__name__)
 
@@ -74,25 +74,20 @@ class LayerStatistics:
         """
         device = self.hessian.device
         x = x.to(device)
-        good = torch.isfinite(x).all() & valid.to(device)
+        good = _finite(x) & valid.to(device)
         if weights is not None:
             weights = weights.to(device)
-            good = good & torch.isfinite(weights).all()
+            good = good & _finite(weights)
         self.bad_rows += ~good
         self.tokens += good * len(x)
         # Selections on the device instead of a branch on the host: a bad row contributes exact zeros.
         x = torch.where(good, x, 0.0)
-        roots = None if weights is None else torch.where(good, weights, 0.0).sqrt()
-        scaled = torch.empty_like(x, dtype=product_dtype(x, weighted=roots is not None))
-        for group, total in enumerate(self.hessian):
-            root = 1.0 if roots is None else roots[:, group : group + 1]
-            diagonal = total if total.dim() == 1 else None if self.diagonal is None else self.diagonal[group]
-            if diagonal is not None:
-                # Too little work to round anything for it.
-                diagonal += (x.float() * root).square().sum(dim=0)
-            if total.dim() == 2:
-                torch.mul(x, root, out=scaled)
-                add_gram(total, scaled)
+        weights = None if weights is None else torch.where(good, weights, 0.0)
+        if self.hessian.dim() == 3:
+            add_grams(self.hessian, x, weights)
+        diagonal = self.hessian if self.hessian.dim() == 2 else self.diagonal
+        if diagonal is not None:
+            add_squares(diagonal, x, weights)
 
     def add_up(self, workers: Workers) -> None:
         """Finish: the sum of what all processes have, and of symmetric matrices both halves."""
@@ -108,9 +103,22 @@ def token_weights(grad: Tensor, num_groups: int) -> Tensor:
 
     Groups are contiguous; the last one may be shorter.
     """
-    parts = grad.split(math.ceil(grad.shape[-1] / num_groups), dim=-1)
-    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) / math.sqrt(part.shape[-1]) for part in parts]
-    return torch.stack(norms, dim=-1).square()
+    outputs = grad.shape[-1]
+    if outputs % num_groups == 0:
+        norms = _norms(grad.unflatten(-1, (num_groups, -1)))
+    else:
+        norms = torch.stack([_norms(part) for part in grad.split(math.ceil(outputs / num_groups), dim=-1)], dim=-1)
+    return norms.square()
+
+
+def _norms(grad: Tensor) -> Tensor:
+    """Root mean square over the last dimension."""
+    return torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32) / math.sqrt(grad.shape[-1])
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether all is finite, a bool scalar: what :func:`torch.isfinite` tells in many launches, in two."""
+    return torch.linalg.vector_norm(x, math.inf) < math.inf if x.numel() else x.new_ones((), dtype=torch.bool)
 
 
 @dataclass

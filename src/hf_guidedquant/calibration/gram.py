@@ -10,25 +10,54 @@ from torch import Tensor
 _STRIPE, _STRIPES = 2048, 4
 
 
-def product_dtype(x: Tensor, weighted: bool) -> torch.dtype:
+def add_grams(total: Tensor, x: Tensor, weights: Tensor | None) -> None:
+    """``total[k] += Σ_t weights[t, k] x_t x_tᵀ`` on and below the diagonal; :func:`mirror` fills in what lies above.
+
+    Args:
+        total: fp32 ``[g, K, K]``.
+        x: ``[T, K]``, any float dtype.
+        weights: fp32 ``[T, g]``, not negative; None for 1.
+    """
+    roots = x.new_ones(len(total), 1, 1) if weights is None else weights.mT.sqrt().unsqueeze(-1)  # [g, T or 1, 1]
+    stripes = _stripes(total.shape[-1])
+    # Products of few inputs fill a GPU only together; of many, the scaled inputs of all groups would be large.
+    together = len(total) if len(stripes) == 1 else 1
+    for sums, root in zip(total.split(together), roots.split(together), strict=True):
+        scaled = torch.empty(len(sums), *x.shape, dtype=_product_dtype(x, weights is not None), device=x.device)
+        torch.mul(x, root, out=scaled)
+        for start, stop in stripes:
+            _add_product(sums[:, start:stop, :stop], scaled[..., start:stop].mT, scaled[..., :stop])
+
+
+def add_squares(total: Tensor, x: Tensor, weights: Tensor | None) -> None:
+    """The diagonals only: ``total[k] += Σ_t weights[t, k] x_t²``, fp32 ``[g, K]``; else as :func:`add_grams`."""
+    squares = x.float().square()
+    if weights is None:
+        total += squares.sum(dim=0)
+    else:
+        total.addmm_(weights.mT, squares)
+
+
+def _product_dtype(x: Tensor, weighted: bool) -> torch.dtype:
     """What the factors of the products are rounded to.
 
     16-bit activations on a GPU stay 16-bit. Scaled by the root of a token's weight they do not fit fp16's range, so
     they are bf16 then; both factors are the same rounded numbers, so the sum stays positive semidefinite.
     """
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16) or not _mixed_addmm():
+    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16) or not _mixed_products():
         return torch.float32
     return torch.bfloat16 if weighted else x.dtype
 
 
-def add_gram(total: Tensor, x: Tensor) -> None:
-    """``total [K, K] += xᵀ x`` of ``x [T, K]``, on and below the diagonal; :func:`mirror` fills in what lies above."""
-    for start, stop in _stripes(total.shape[0]):
-        part, left, right = total[start:stop, :stop], x[:, start:stop].mT, x[:, :stop]
-        if x.dtype == torch.float32:
-            part.addmm_(left, right)
-        else:
-            torch.addmm(part, left, right, out_dtype=torch.float32, out=part)
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` of ``[g, …]`` each; a single product has the faster kernels."""
+    if len(total) == 1:
+        total, left, right = total[0], left[0], right[0]
+    add = torch.addmm if total.dim() == 2 else torch.baddbmm
+    if left.dtype == torch.float32:
+        add(total, left, right, out=total)
+    else:
+        add(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def mirror(total: Tensor) -> None:
@@ -45,6 +74,6 @@ def _stripes(size: int) -> list[tuple[int, int]]:
 
 
 @functools.cache
-def _mixed_addmm() -> bool:
+def _mixed_products() -> bool:
     """Whether torch adds 16-bit products to an fp32 matrix; it can since 2.8."""
     return "dtype_out" in torch.ops.aten.addmm.overloads()

@@ -8,9 +8,9 @@ from conftest import tiny_model, token_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant import GuidedQuantConfig, solving
 from hf_guidedquant.calibration import load_rows
-from hf_guidedquant.errors import CalibrationError, ConfigError, ModelError, NonFiniteWeightError
+from hf_guidedquant.errors import CalibrationError, ConfigError, ModelError, NonFiniteWeightError, SolverError
 from hf_guidedquant.evaluate import perplexity
 from hf_guidedquant.formats.lut import codebook_dtype
 from hf_guidedquant.resources import reproducible
@@ -173,3 +173,23 @@ def test_a_quantized_model_loads_with_layers_on_disk(llama, tmp_path):
     assert again.model.layers[1].mlp.up_proj.weight.is_meta
     prompt = torch.arange(2, 10)[None]
     assert torch.equal(again(input_ids=prompt).logits, model(input_ids=prompt).logits)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_solution_that_is_not_finite_is_never_kept(llama, rows, monkeypatch, tmp_path, value):
+    """Should a kernel or a device fail, the layer is named, and neither model nor folder gets it."""
+    own = solving.solve
+
+    def solve(method, weight, hessian, spec):
+        solution = own(method, weight, hessian, spec)
+        if weight.shape[-1] == 96:  # down_proj, the second layer's last group
+            solution.codebook[-1, -1, 1] = value
+        return solution
+
+    monkeypatch.setattr(solving, "solve", solve)
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    with pytest.raises(SolverError, match=r"model\.layers\.1\.mlp\.down_proj on cpu"):
+        hf_guidedquant.quantize(llama, GuidedQuantConfig(bits=2, dataset=rows, run_dir=tmp_path / "run"))
+    assert before.keys() == llama.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
+    assert not list((tmp_path / "run" / "layers").glob("*down_proj*"))

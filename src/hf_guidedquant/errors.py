@@ -74,6 +74,17 @@ class HessianError(GuidedQuantError, ArithmeticError):
         self.layer = layer
 
 
+class SolverError(GuidedQuantError, ArithmeticError):
+    """A layer's solution holds NaN or infinity, and is not kept."""
+
+    def __init__(self, layer: str, device: object) -> None:
+        super().__init__(
+            f"Solving {layer} on {device} gave NaN or infinity, from finite weights and statistics. Run it again with "
+            "HF_GUIDEDQUANT_KERNELS=torch, or on another device, and please report it."
+        )
+        self.layer = layer
+
+
 class CheckpointError(GuidedQuantError, ValueError):
     """A saved model does not hold what its config promises."""
 

@@ -71,6 +71,7 @@ def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool 
         ModelError: The model cannot be quantized (quantized before, NaN weights, offloaded weights, no linears).
         CalibrationError: The data cannot be used.
         HessianError: A layer's statistics are NaN or infinite.
+        SolverError: A layer's solution is.
         FolderMismatchError: ``run_dir`` or ``statistics`` was filled under other conditions.
         FolderUnusableError: Another process uses the folder, or it cannot be written to.
     """

@@ -12,6 +12,7 @@ from transformers.utils.logging import tqdm
 from .calibration import LayerStatistics
 from .codes import Codes, Overlay
 from .config import GuidedQuantConfig
+from .errors import SolverError
 from .formats import lut as lut_format
 from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
@@ -148,6 +149,9 @@ def _solve_batch(
     )
     solutions = [solve(one.method, rows.contiguous(), stacked, spec) for rows in grouped.split(one.rows_at_once, dim=1)]
     solution = solutions[0] if len(solutions) == 1 else _together(solutions)
+    finite = solution.codebook.isfinite().flatten(1).all(dim=1).view(len(batch), groups).all(dim=1).tolist()
+    if not all(finite):
+        raise SolverError(batch[finite.index(False)].name, device)
     unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
     results = []
     for index, layer in enumerate(batch):

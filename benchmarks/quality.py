@@ -3,11 +3,13 @@
     python benchmarks/quality.py --model MODEL --calibration c4.txt --texts wikitext2_test.txt
 
 Prints tables and writes JSON and, with matplotlib, a picture. Every cell starts from the full-precision model; cells
-that need the same Hessians share them. With several seeds, tables tell means and half the range.
+that need the same Hessians share them. With several seeds, tables tell means and half the range. A file that an earlier
+run has left, or one that was interrupted, is gone on with.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import tempfile
@@ -57,23 +59,39 @@ def main() -> None:
     texts = {Path(text).stem: token_ids(tokenizer, Path(text).read_text(encoding="utf-8")) for text in options.texts}
     original = {name: perplexity(dense, tokenizer, ids, options.context) for name, ids in texts.items()}
     print(f"full precision ({options.dtype}): {original}", flush=True)
-    results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in options.seeds:
-            for bits in options.bits:
-                for method in options.methods:
-                    results.append(cell(options, dense, tokenizer, texts, method, bits, seed, Path(folder)))
-    for name in texts:
-        for what in ("perplexity", "kl"):
-            print("\n" + table(results, options, name, what))
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    protocol = {k: v for k, v in vars(options).items() if k not in ("model", "output", "calibration", "texts")}
-    protocol |= {k: Path(getattr(options, k)).name for k in ("model", "calibration")} | {"texts": list(texts)}
-    found = {"machine": machine(device), "protocol": protocol, "full_precision": original, "results": results}
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = {"machine": machine(device), "protocol": protocol(options), "full_precision": original}
+    results = kept(output, found)
+    done = {(result["bits"], result["method"], result["seed"]) for result in results}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, bits, method in itertools.product(options.seeds, options.bits, options.methods):
+            if (bits, method, seed) not in done:
+                results.append(cell(options, dense, tokenizer, texts, method, bits, seed, Path(folder)))
+                output.write_text(json.dumps(found | {"results": results}, indent=1) + "\n", encoding="utf-8")
+    for name in texts:
+        for what in ("perplexity", "kl"):
+            print("\n" + table(results, name, what))
     if find_spec("matplotlib"):
-        picture(results, original, options, output.with_suffix(".png"))
+        picture(results, original, output.with_suffix(".png"))
+
+
+def protocol(options: argparse.Namespace) -> dict[str, Any]:
+    """What all cells have in common."""
+    chosen = vars(options)
+    same = {key: chosen[key] for key in ("num_samples", "seq_len", "num_groups", "context", "dtype")}
+    names = {key: Path(chosen[key]).name for key in ("model", "calibration")}
+    return same | names | {"texts": [Path(text).stem for text in options.texts]}
+
+
+def kept(output: Path, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells that an earlier run with the same protocol has left in the file."""
+    if not output.exists():
+        return []
+    earlier = json.loads(output.read_text(encoding="utf-8"))
+    if earlier["protocol"] != found["protocol"] or earlier["machine"]["device"] != found["machine"]["device"]:
+        raise SystemExit(f"{output} was measured in another way; choose another --output.")
+    return earlier["results"]
 
 
 def cell(
@@ -82,13 +100,13 @@ def cell(
     tokenizer: Any,
     texts: dict[str, torch.Tensor],
     method: str,
-    bits: int | float,
+    bits: str,
     seed: int,
     folder: Path,
 ) -> dict[str, Any]:
     """One method at one width with one seed."""
     config = GuidedQuantConfig(
-        bits=bits,
+        bits=width(bits),
         dataset=options.calibration,
         tokenizer=tokenizer,
         num_samples=options.num_samples,
@@ -121,37 +139,49 @@ def cell(
     }
 
 
-def table(results: list[dict], options: argparse.Namespace, text: str, what: str) -> str:
+def table(results: list[dict], text: str, what: str) -> str:
     """What was measured on a text, in Markdown: methods as rows, widths as columns; of several seeds mean and range."""
-    lines = [f"| {what}, {text} | " + " | ".join(f"{bits} bits" for bits in options.bits) + " |"]
-    lines.append("|---" * (len(options.bits) + 1) + "|")
-    for method in options.methods:
-        found = [
-            [cell["texts"][text][what] for cell in results if (cell["bits"], cell["method"]) == (bits, method)]
-            for bits in options.bits
-        ]
-        lines.append(
-            f"| {method} | " + " | ".join(with_spread(values, 4 if what == "kl" else 2) for values in found) + " |"
-        )
+    lines = [f"| {what}, {text} | " + " | ".join(f"{bits} bits" for bits in widths(results)) + " |"]
+    lines.append("|---" * (len(widths(results)) + 1) + "|")
+    for method in methods_of(results):
+        found = [[c["texts"][text][what] for c in cells(results, bits, method)] for bits in widths(results)]
+        shown = (with_spread(values, 4 if what == "kl" else 2) for values in found)
+        lines.append(f"| {method} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
+def cells(results: list[dict], bits: str, method: str) -> list[dict]:
+    """Those of all seeds."""
+    return [cell for cell in results if (cell["bits"], cell["method"]) == (bits, method)]
+
+
+def widths(results: list[dict]) -> list[str]:
+    return sorted({cell["bits"] for cell in results}, key=float)
+
+
+def methods_of(results: list[dict]) -> list[str]:
+    """In the ladder's order."""
+    return [method for method in LADDER if any(cell["method"] == method for cell in results)]
+
+
 def with_spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
     spread = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def picture(results: list[dict], original: dict[str, float], options: argparse.Namespace, file: Path) -> None:
+def picture(results: list[dict], original: dict[str, float], file: Path) -> None:
     """Perplexity against bits per weight, codebooks included: a line per method, a panel per text."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5 * len(original), 4.5), layout="constrained")
     for panel, (text, full) in zip(figure.subplots(1, len(original), squeeze=False)[0], original.items(), strict=True):
-        for method in options.methods:
-            cells = [[c for c in results if (c["bits"], c["method"]) == (bits, method)] for bits in options.bits]
+        for method in methods_of(results):
+            columns = [same for bits in widths(results) if (same := cells(results, bits, method))]
             points = sorted(
                 (mean(c["bits_per_weight"] for c in same), mean(c["texts"][text]["perplexity"] for c in same))
-                for same in cells
+                for same in columns
             )
             panel.plot(*zip(*points, strict=True), marker="o", label=method)
         panel.axhline(full, color="black", linestyle=":", label="full precision")
@@ -180,7 +210,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or name of a full-precision model")
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
     parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
-    parser.add_argument("--bits", type=width, nargs="+", default=[2, 3, 4], help="like 2 or, as a mean, 2.5")
+    parser.add_argument("--bits", nargs="+", default=["2", "3", "4"], help="like 2 or, as a mean, 2.5")
     parser.add_argument(
         "--methods",
         nargs="+",

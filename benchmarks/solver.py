@@ -98,7 +98,7 @@ def measure(rows: int, inputs: int, bits: int, sweeps: int, repeats: int, plain:
 
 def show(result: dict[str, Any]) -> None:
     parts, total = result["parts"], result["seconds"]
-    shares = "".join(f" {parts[part] / total:.0%} |" for part in ("k-means", "sweep", "descent", "codebook"))
+    shares = "".join(f" {parts.get(part, 0) / total:.0%} |" for part in ("k-means", "sweep", "descent", "codebook"))
     line = f"| {result['rows']} x {result['inputs']} | {result['bits']} | {total:.3f} |"
     if "plain_seconds" in result:
         plain = result["plain_seconds"]

@@ -109,6 +109,13 @@ def rows():
     return token_rows()
 
 
+@pytest.fixture
+def dense_products_in_fp32(monkeypatch):
+    """By default torch lets cuBLAS add up parts of 16-bit products in 16 bits."""
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        monkeypatch.setattr(torch.backends.cuda.matmul, name, False)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

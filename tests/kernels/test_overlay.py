@@ -254,6 +254,7 @@ def test_interpreted_kernel_is_not_reached_by_activations_of_other_inputs():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.gpu
+@pytest.mark.usefixtures("dense_products_in_fp32")
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 64, 200, 600])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..triton_kernels import pack_codes, unpack_codes
+from .code_sums import sums_by_code
 from .guided_linear import GuidedLinear
-from .trained_linear import multiplied, stored, sums_by_code
+from .trained_linear import multiplied, stored
 
 # How near to the end of its codeword's reach a weight may start, in shares of the way there.
 _REACH = 0.5

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..triton_kernels import lut_dequantize, pack_codes, unpack_codes
+from .code_sums import sums_by_code
 from .guided_linear import GuidedLinear
 
 # Numbers of a weight gradient that exist at a time.
@@ -57,11 +58,6 @@ class TrainedLinear(nn.Module):
 def multiplied(x: Tensor) -> Tensor:
     """Activations in the dtype that they are multiplied in: that of mixed precision, else their own."""
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
-
-def sums_by_code(values: Tensor, codes: Tensor, levels: int) -> Tensor:
-    """Sums of each row's values with the same code: ``[N, K]`` both -> ``[N, levels]``."""
-    return torch.stack([torch.where(codes == level, values, 0.0).sum(dim=1) for level in range(levels)], dim=1)
 
 
 def stored(codebook: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,8 +110,7 @@ def codebook_gradient(grad: Tensor, x: Tensor, planes: Tensor) -> Tensor:
         rows = slice(start, start + step)
         transposed = grad[:, rows].mT
         weight_gradient = torch.mm(transposed, x, out_dtype=torch.float32) if mixed else transposed @ x
-        codes = unpack_codes(planes[:, rows], inputs)
-        result[rows] = sums_by_code(weight_gradient, codes, levels)
+        result[rows] = sums_by_code(weight_gradient, planes[:, rows], levels)
     return result
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Shares of the free memory to plan with. The rest is for what an allocator cannot use and libraries take.
 _SHARE_GPU, _SHARE_CPU = 0.92, 0.8
+# Layers whose statistics are written to disk at the same time.
+_WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -299,8 +302,10 @@ def gather(
     collected = {name: empty(name) for name, layer in missing.items() if not _has_twin(layer, missing, relay.outline)}
     if collected:
         relay.collect(number, collected)
-    for name in missing:
-        found[name] = collected[name] if name in collected else collected[relay.outline.twins[name]]
-        if store is not None:
-            store.save(name, found[name])
+    found |= {name: collected[name if name in collected else relay.outline.twins[name]] for name in missing}
+    if store is not None:
+        # Checksums and disks take as long as the calibration of a small model.
+        with ThreadPoolExecutor(_WRITERS) as pool:
+            for saved in [pool.submit(store.save, name, found[name]) for name in missing]:
+                saved.result()
     return found

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from models import CONFIGS, random_model
+from tqdm.auto import tqdm
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
@@ -46,6 +47,34 @@ def pass_operations(model: Any, num_groups: int) -> float:
     grams = num_groups * (sum(inputs**2 for _, inputs in shapes) - head[1] ** 2)
     # A Gram matrix is symmetric: half of it is all there is to compute. Recomputation is no part of the job.
     return 2 * products * 2 + grams
+
+
+class Promises:
+    """While entered, notes what every progress bar says after its first tenth, and how it came: (title, said, took)."""
+
+    def __enter__(self) -> list[tuple[str, float, float]]:
+        self.kept: list[tuple[str, float, float]] = []
+        self.own = own_update, own_close = tqdm.update, tqdm.close
+        said: dict[Any, float] = {}
+
+        def update(bar: Any, n: float = 1) -> Any:
+            result = own_update(bar, n)
+            if bar.total and bar not in said and bar.n >= bar.total / 10:
+                now = bar.format_dict
+                rate = now["rate"] or now["n"] / now["elapsed"]
+                said[bar] = now["elapsed"] + (bar.total - bar.n) / rate
+            return result
+
+        def close(bar: Any) -> None:
+            if bar in said:
+                self.kept.append((bar.desc, said.pop(bar), bar.format_dict["elapsed"]))
+            own_close(bar)
+
+        tqdm.update, tqdm.close = update, close
+        return self.kept
+
+    def __exit__(self, *error: object) -> None:
+        tqdm.update, tqdm.close = self.own
 
 
 def main() -> None:
@@ -80,7 +109,8 @@ def main() -> None:
     print(forecast.table(), flush=True)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    model = hf_guidedquant.quantize(model, config)
+    with Promises() as promises:
+        model = hf_guidedquant.quantize(model, config)
     report = model.quantization_report
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     start = time.perf_counter()
@@ -102,9 +132,12 @@ def main() -> None:
     expected = ", ".join(f"{stage} {value:.0f} s" for stage, value in forecast.seconds.items())
     print(f"  planned: {expected}, {forecast.memory.get('cuda:0', 0) / 2**30:.2f} GiB")
     print("  " + ", ".join(f"{what} {nbytes / 2**30:.2f} GiB" for what, nbytes in sizes.items()))
+    for title, said, took in promises:
+        print(f"  {title}: {said:.1f} s, said the bar after a tenth; it took {took:.1f} s ({said / took - 1:+.0%})")
     if options.output:
         result = vars(options) | {"output": None, "device_name": name, "seconds": seconds, "peak_bytes": peak}
         result |= {"planned_seconds": forecast.seconds, "planned_bytes": forecast.memory, "segments": forecast.segments}
+        result["promises"] = promises
         options.output.write_text(json.dumps(result | {"saved_bytes": saved_bytes, "rate": rate}, indent=1))
 
 

@@ -55,14 +55,15 @@ def solve_layers(
 ) -> Iterator[tuple[LayerPlan, Codes, LayerReport]]:
     """Solve batch after batch. ``statistics`` is emptied on the way, so that its memory is free as early as can be."""
     total = sum(solver_work(layer) for batch in window for layer in batch)
-    with tqdm(total=total, desc=title, unit="op", unit_scale=True) as bar:
+    # The mean speed, because batches come in bursts.
+    with tqdm(total=total, desc=title, unit="op", unit_scale=True, smoothing=0) as bar:
         for batch in window:
             found = [statistics.pop(layer.name, None) for layer in batch]
             with torch.no_grad():
                 solved = _solve_batch(model, batch, found, config)
+            bar.update(sum(map(solver_work, batch)))
             for layer, codes, report in solved:
                 logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
-                bar.update(solver_work(layer))
                 yield layer, codes, report
 
 

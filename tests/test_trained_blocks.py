@@ -27,7 +27,7 @@ COMMITS = range(BEFORE + 1, BEFORE + 1 + len(BLOCKS))
 MOMENTS = ["before", "in the middle", "after"]
 
 
-def quantize(run_dir, **changes):
+def quantize(run_dir, architecture="llama", **changes):
     """Three blocks with two quantized layers each."""
     settings = {
         "bits": 2,
@@ -36,11 +36,14 @@ def quantize(run_dir, **changes):
         "modules_to_not_convert": ["self_attn", "down_proj"],
         "reconstruct": TRAINING,
     }
-    return hf_guidedquant.quantize(tiny_model(blocks=3), GuidedQuantConfig(run_dir=run_dir, **{**settings, **changes}))
+    return hf_guidedquant.quantize(
+        tiny_model(architecture, blocks=3), GuidedQuantConfig(run_dir=run_dir, **{**settings, **changes})
+    )
 
 
-def block_file(run_dir, number):
-    return LayerFolder(run_dir, "run.json", "run_dir").file(BLOCKS[number])
+def block_file(run_dir, number, architecture="llama"):
+    name = f"transformer.h.{number}" if architecture == "gpt2" else BLOCKS[number]
+    return LayerFolder(run_dir, "run.json", "run_dir").file(name)
 
 
 def kept_blocks(run_dir):
@@ -75,7 +78,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(
         reconstruction._Block,
         "train",
-        lambda self, name, *rest: numbers.append(BLOCKS.index(name)) or train(self, name, *rest),
+        lambda self, name, *rest: numbers.append(int(name.rpartition(".")[2])) or train(self, name, *rest),
     )
     return numbers
 
@@ -223,6 +226,19 @@ def test_other_data_train_other_blocks_of_layers_that_need_none(tmp_path, traine
     assert "model.layers.0 was trained otherwise (calibration data was" in log.text
     assert trained == 2 * [0, 1, 2]
     assert other == saved(quantize(None, method="rtn", dataset=ROWS[::-1]), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("gpt2", {}), ("llama-tied", {"embedding_bits": 4}), ("llama", {"outliers": 0.05}), ("llama", {"bits": 2.5})],
+)
+def test_other_models_and_settings(architecture, changes, tmp_path, trained):
+    changes = {"modules_to_not_convert": [], **changes}
+    expected = saved(quantize(tmp_path / "run", architecture, **changes), tmp_path / "model")
+    block_file(tmp_path / "run", 1, architecture).unlink()
+    trained.clear()
+    assert saved(quantize(tmp_path / "run", architecture, **changes), tmp_path / "model") == expected
+    assert trained == [1, 2]
 
 
 def test_distillation_follows_as_ever(run_dir, tmp_path, trained, nothing_to_solve):

@@ -87,6 +87,21 @@ def test_the_errors_told_are_those_of_the_blocks():
         assert report.solved == pytest.approx(error, rel=1e-4)
 
 
+def test_a_block_reads_what_the_trained_block_before_it_gives():
+    plain, model = (hf_guidedquant.quantize(tiny_model(), config(reconstruct=how)) for how in (False, GENTLE))
+    first, second = model.quantization_report.reconstruction.blocks
+    assert first.kept
+    held_back = [ROWS[torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(0))[0]]]
+    wanted = leaving(tiny_model(), held_back)[1]
+
+    def error():
+        return float((leaving(plain, held_back)[1] - wanted).square().sum() / wanted.square().sum())
+
+    assert second.solved != pytest.approx(error(), rel=1e-2)
+    plain.model.layers[0] = model.model.layers[0]
+    assert second.solved == pytest.approx(error(), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_reconstructed_model_is_saved_and_reloaded(name, tmp_path):
     plain = hf_guidedquant.quantize(tiny_model(name), config(reconstruct=False))

@@ -46,6 +46,7 @@ ROOMS = [
     "companions",
     "solving",
     "forecast",
+    "trained_blocks",
     "run_folder",
     "pipeline",
     "lora",

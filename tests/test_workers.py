@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.layer_folder import LayerFolder
 from hf_guidedquant.triton_kernels import unpack_codes
 from hf_guidedquant.workers import Workers
 
@@ -167,6 +168,26 @@ def test_processes_share_a_run_folder_and_statistics(tmp_path):
     (tmp_path / "2-lnq").rename(tmp_path / "before")
     _, again = quantized_by(2, tmp_path, **extra)
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
+
+
+def test_processes_go_on_with_the_same_block(tmp_path):
+    training = {"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
+    extra = {"run_dir": str(tmp_path / "run"), "reconstruct": training}
+    _, first = quantized_by(2, tmp_path, **extra)
+    (tmp_path / "2-lnq").rename(tmp_path / "before")
+    kept, lost = (LayerFolder(tmp_path / "run", "run.json", "run_dir").file(f"model.layers.{n}") for n in (0, 1))
+    written = kept.stat().st_ino
+    lost.unlink()
+    folder, again = quantized_by(2, tmp_path, **extra)
+    assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
+    assert lost.exists()
+    assert kept.stat().st_ino == written
+    before, after = (
+        json.loads((place / "model" / "guidedquant_report.json").read_text())["reconstruction"]
+        for place in (tmp_path / "before", folder)
+    )
+    assert before == after
+    assert all(block["trained"] < block["solved"] for block in after["blocks"])
 
 
 def test_two_processes_end_with_the_same_trained_layers(tmp_path):

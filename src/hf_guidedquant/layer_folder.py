@@ -1,4 +1,4 @@
-"""Folders that outlive the process: tensors of one layer per file, each whole and checked or not there at all.
+"""Folders that outlive the process: tensors of one layer (or block) per file, each whole and checked or not there.
 
 Every file is written under a temporary name, flushed to the disk and renamed, so that a kill at any moment leaves what
 was there before. A file carries the sha256 of all it holds and of the folder's record, a small JSON that says what the
@@ -147,8 +147,22 @@ class LayerFolder:
                 raise ValueError("it was written under other conditions")
             return tensors, about["facts"]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            logger.warning("%s cannot be used (%s); its layer is done again.", path, printable(error))
+            logger.warning("%s cannot be used (%s); it is done again.", path, printable(error))
             return None
+
+    def remove(self, layer: str) -> None:
+        """Forget a layer, if it is there.
+
+        Raises:
+            FolderUnusableError: The folder cannot be written to.
+        """
+        path = self.file(layer)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise FolderUnusableError(
+                self._named(), f"{path.name} cannot be removed ({error})", "Mend the folder, and run the same again."
+            ) from error
 
     @contextmanager
     def _replacing(self, path: Path) -> Iterator[Path]:

@@ -129,6 +129,7 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
         if calibration is not None and (how := config.reconstruct_spec) is not None:
             with _timed("reconstruction", seconds):
                 layers = {name: tensors for name, (tensors, _) in finished.items()}
+                kept = None if run_folder is None else run_folder.trained_blocks(how, calibration, drawn, layers)
                 trained, reconstruction = reconstruct(
                     model,
                     drawn,
@@ -139,6 +140,8 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
                     seed=config.seed,
                     place=place_for(config),
                     workers=workers,
+                    done=workers.tell([] if kept is None else kept.finished(), 0),
+                    keep=None if kept is None else kept.commit,
                 )
                 finished = {name: (trained[name], report) for name, (_, report) in finished.items()}
     summary = _summary(model, layers_plan, finished, seconds)

@@ -1,7 +1,8 @@
-"""The folder of a run (``run_dir``): every layer that is finished is kept there, so that a killed run goes on.
+"""The folder of a run (``run_dir``): what is finished is kept there, so that a killed run goes on.
 
 run_dir/run.json   what the run depends on, and which layers are solved together
-run_dir/layers/*   one file per finished layer: its packed tensors and its entry of the report
+run_dir/layers/*   one file per finished layer: its packed tensors and its entry of the report; one per block that is
+                   trained (see trained_blocks.py)
 run_dir/lock       held by the process that is at work
 """
 
@@ -17,14 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .calibration import Calibration
-from .config import PERSISTED, GuidedQuantConfig
+from .calibration import Calibration, Outline
+from .config import PERSISTED, GuidedQuantConfig, ReconstructSpec
 from .fingerprint import environment, tokenizer_fingerprint
 from .formats import lut as lut_format
 from .formats.lut import TensorSpec
 from .layer_folder import LayerFolder
 from .plan import LayerPlan, Plan
 from .report import LayerReport
+from .trained_blocks import TrainedBlocks, training_identity
+from .training import layers_by_block
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +36,8 @@ _ABOUT = (
     "A run of hf-guidedquant. The same call with the same run_dir goes on where it was interrupted. "
     "Delete this folder when the model is saved."
 )
-# Modules and provenance are results of the run. Solved layers do not depend on the training, which starts over from
-# them whenever the run does.
+# Modules and provenance are results of the run. Solved layers do not depend on the training, which starts from them;
+# trained blocks know their settings themselves.
 _NOT_OF_LAYERS = ("modules", "provenance", "reconstruct", "distill")
 _OF_DATA = ("num_samples", "seq_len", "seed", "assistant_only_loss")
 _SETTINGS = (*(name for name in PERSISTED if name not in _NOT_OF_LAYERS), *_OF_DATA)
@@ -112,6 +115,17 @@ class RunFolder:
         facts = asdict(report)
         del facts["plan"]
         self._folder.save(report.plan.name, tensors, facts)
+
+    def trained_blocks(
+        self,
+        spec: ReconstructSpec,
+        calibration: Calibration,
+        drawn: Outline,
+        layers: Mapping[str, dict[str, Tensor]],
+    ) -> TrainedBlocks:
+        """The place for blocks that are trained. ``layers`` are all that were solved."""
+        identity = training_identity(spec, calibration, layers)
+        return TrainedBlocks(self._folder, identity, layers_by_block(drawn, layers))
 
 
 def _batches(names: Any, plan: Plan) -> list[list[LayerPlan]] | None:

@@ -1,18 +1,22 @@
 """Better than solved: codes and codebooks trained against the original model, block by block and end to end."""
 
 from .batches import held_back, stack_size
+from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, layers_by_block
 from .distillation import DistillReport, distill
 from .divergence import Divergence, teacher_states
-from .reconstruction import BlockReport, ReconstructReport, check_blocks, reconstruct
+from .reconstruction import check_blocks, reconstruct
 
 __all__ = [
     "BlockReport",
     "DistillReport",
     "Divergence",
+    "Layers",
     "ReconstructReport",
+    "TrainedBlock",
     "check_blocks",
     "distill",
     "held_back",
+    "layers_by_block",
     "reconstruct",
     "stack_size",
     "teacher_states",

@@ -27,52 +27,10 @@ from ..running import mixed_precision, repeatable_backward, rows_of_their_own
 from ..triton_kernels import unpack_codes
 from ..workers import Workers
 from .batches import batches, rate, set_aside, shuffled, stacks
+from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, layers_by_block
 from .steps import Steps
 
 logger = logging.getLogger(__name__)
-
-# The tensors of a solved layer, by its name (see :func:`hf_guidedquant.formats.lut.encode`).
-Layers = dict[str, dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class BlockReport:
-    """What training did to a decoder block, on rows that it was not trained on.
-
-    Attributes:
-        name: Of the block.
-        solved, trained: Squared error of the hidden states that leave it, relative to the sum of their squares, before
-            and after. The solved layers were kept if they were the better ones.
-        moved: Share of the codes that are others now.
-    """
-
-    name: str
-    solved: float
-    trained: float
-    moved: float
-
-    @property
-    def kept(self) -> bool:
-        """Whether training helped."""
-        return self.trained < self.solved
-
-
-@dataclass(frozen=True)
-class ReconstructReport:
-    """What training did, block by block."""
-
-    blocks: tuple[BlockReport, ...]
-
-    def describe(self) -> str:
-        """One line for readers."""
-        count = len(self.blocks)
-        solved, trained = (sum(getattr(b, which) for b in self.blocks) / count for which in ("solved", "trained"))
-        moved = sum(block.moved for block in self.blocks if block.kept) / count
-        better = sum(block.kept for block in self.blocks)
-        return (
-            f"error of a block {solved:.4f} -> {trained:.4f} on rows held back, {moved:.1%} of the codes moved "
-            f"({better} of {count} blocks are better)"
-        )
 
 
 def check_blocks(model: PreTrainedModel, drawn: Outline) -> None:
@@ -99,6 +57,8 @@ def reconstruct(
     seed: int = 0,
     place: Callable[[torch.device], torch.device] = lambda device: device,
     workers: Workers | None = None,
+    done: Sequence[TrainedBlock] = (),
+    keep: Callable[[TrainedBlock], object] | None = None,
 ) -> tuple[Layers, ReconstructReport]:
     """Train solved layers, block by block.
 
@@ -112,6 +72,8 @@ def reconstruct(
         seed: Of the order of the rows, and of the choice of those held back.
         place: Where the work on weights of a device is done.
         workers: Processes that quantize together; all do the same work, and end with the first one's layers.
+        done: Blocks that were trained before, from all of the above: the first ones that have layers, without gaps.
+        keep: Called with every other block as soon as it is trained.
 
     Returns:
         Tensors of the same layers, on the CPU, and what training did.
@@ -120,35 +82,43 @@ def reconstruct(
     passage, shelf = Passage(model, drawn, place), Shelf()
     generator = torch.Generator().manual_seed(seed)
     training, held_back = set_aside(range(len(rows)), spec.held_back, generator)
-    found, reports = {name: dict(tensors) for name, tensors in layers.items()}, []
+    # The order of a block's rows must not depend on how many blocks this process has trained before.
+    seeds = torch.randint(2**62, (len(drawn.blocks),), generator=generator).tolist()
+    own, trained = layers_by_block(drawn, layers), {block.report.name: block for block in done}
+    if len(trained) == len(own):
+        return _result(layers, own, trained)
     with torch.no_grad(), passage.only(0, 0):
         original = _through(passage, shelf, rows)
     taken = {name: embeddings for name in vocabulary_layers(model)[:1] if name is not None and embeddings is not None}
     with torch.no_grad(), _in_their_places(model, taken), passage.only(0, 0):
         quantized = _through(passage, shelf, rows)
-    total = len(drawn.blocks) * spec.epochs * sum(rows[index].numel() for index in training)
-    with tqdm(total=total, desc="Reconstructing", unit="token", unit_scale=True) as bar:
+    tokens = spec.epochs * sum(rows[index].numel() for index in training)
+    progress = {"initial": len(trained) * tokens, "total": len(own) * tokens}
+    with tqdm(**progress, desc="Reconstructing", unit="token", unit_scale=True) as bar:
         for number, name in enumerate(drawn.blocks):
-            own = [layer for layer in layers if layer.startswith(name + ".")]
             with passage.only(number, number + 1, head=False), mixed_precision(passage.device), rows_of_their_own():
                 targets = _through(passage, shelf, rows, original)
-                best: dict[str, GuidedLinear] = {}
-                if own:
-                    solved = {layer: _quantized(model, layer, found[layer], passage.device) for layer in own}
-                    block = _Block(model, passage, rows, quantized, targets, spec)
-                    trained, report = block.train(name, solved, training, held_back, generator, bar.update)
-                    report = workers.tell(report, 0)
-                    best = trained if report.kept else solved
-                    reports.append(report)
-                    logger.info("Reconstructed %s: error %.4f -> %.4f", name, report.solved, report.trained)
-                for layer, module in best.items():
-                    for key, tensor in (("weight", module.weight.data), ("lut", module.lut.data)):
-                        workers.hand_over(tensor, 0)
-                        found[layer][key] = tensor.cpu()
+                if name in own and name not in trained:
+                    task = _Block(model, passage, rows, quantized, targets, spec)
+                    generator.manual_seed(seeds[number])
+                    trained[name] = task.train(name, own[name], training, held_back, generator, bar.update, workers)
+                    if keep is not None:
+                        keep(trained[name])
                 original = targets
-                with _in_their_places(model, best):
+                now = trained[name].of(own[name]) if name in own else {}
+                with _in_their_places(model, _modules(model, now, passage.device)):
                     quantized = _through(passage, shelf, rows, quantized)
-    return found, ReconstructReport(tuple(reports))
+    return _result(layers, own, trained)
+
+
+def _result(
+    layers: Mapping[str, dict[str, Tensor]], own: Mapping[str, Layers], trained: Mapping[str, TrainedBlock]
+) -> tuple[Layers, ReconstructReport]:
+    """All layers, those of the blocks as they were trained, and the blocks' reports."""
+    found = {name: dict(tensors) for name, tensors in layers.items()}
+    for name, block in trained.items():
+        found |= block.of(own[name])
+    return found, ReconstructReport(tuple(block.report for block in trained.values()))
 
 
 @dataclass(frozen=True)
@@ -173,16 +143,17 @@ class _Block:
     def train(
         self,
         name: str,
-        solved: Mapping[str, GuidedLinear],
+        layers: Layers,
         training: Sequence[int],
         held_back: Sequence[int],
         generator: torch.Generator,
         report: Callable[[int], object],
-    ) -> tuple[dict[str, GuidedLinear], BlockReport]:
+        workers: Workers,
+    ) -> TrainedBlock:
         """The solved layers, trained on some rows, and what that did to others; ``report`` is told of tokens done."""
-        device = self.passage.device
+        solved = _modules(self.model, layers, self.passage.device)
         latent = {
-            layer: LatentLinear(module, dense_weight(self.model.get_submodule(layer)).to(device))
+            layer: LatentLinear(module, dense_weight(self.model.get_submodule(layer)).to(self.passage.device))
             for layer, module in solved.items()
         }
         with _in_their_places(self.model, latent):
@@ -190,7 +161,14 @@ class _Block:
             self._optimize(list(latent.values()), self._usable(training), generator, report)
             after = self._error(held_back)
         trained = {layer: module.quantized() for layer, module in latent.items()}
-        return trained, BlockReport(name, before, after, _moved(solved, trained))
+        told = workers.tell(BlockReport(name, before, after, _moved(solved, trained)), 0)
+        logger.info("Reconstructed %s: error %.4f -> %.4f", name, told.solved, told.trained)
+        found: Layers = {}
+        for layer, module in trained.items() if told.kept else ():
+            for tensor in (module.weight.data, module.lut.data):
+                workers.hand_over(tensor, 0)
+            found[layer] = {"weight": module.weight.data.cpu(), "lut": module.lut.data.cpu()}
+        return TrainedBlock(told, found)
 
     def _optimize(
         self,
@@ -274,11 +252,14 @@ def _through(passage: Passage, shelf: Shelf, rows: Sequence[Tensor], states: _St
     return _States([found[index] for index in range(len(rows))], frozenset(i for i, good in finite.items() if good))
 
 
-def _quantized(model: nn.Module, name: str, tensors: Mapping[str, Tensor], device: torch.device) -> GuidedLinear:
-    """A solved layer with the original's bias."""
-    module = model.get_submodule(name)
-    there = {key: tensor.to(device) for key, tensor in tensors.items()}
-    return GuidedLinear.from_tensors(there, dense_weight(module).shape[1], module.bias)  # type: ignore[arg-type]
+def _modules(model: nn.Module, layers: Layers, device: torch.device) -> dict[str, GuidedLinear]:
+    """Quantized layers with the original's biases."""
+    found = {}
+    for name, tensors in layers.items():
+        module = model.get_submodule(name)
+        there = {key: tensor.to(device) for key, tensor in tensors.items()}
+        found[name] = GuidedLinear.from_tensors(there, dense_weight(module).shape[1], module.bias)  # type: ignore[arg-type]
+    return found
 
 
 @contextmanager
@@ -318,4 +299,4 @@ def _moved(before: Mapping[str, GuidedLinear], after: Mapping[str, GuidedLinear]
     return moved / count
 
 
-__all__ = ["BlockReport", "ReconstructReport", "check_blocks", "reconstruct"]
+__all__ = ["check_blocks", "reconstruct"]

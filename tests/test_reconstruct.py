@@ -156,6 +156,13 @@ def test_layers_that_are_left_out_stay_as_they_are():
     )
 
 
+def test_a_run_of_layers_outside_of_the_blocks_has_nothing_to_train():
+    settings = config(modules_to_not_convert=["model.layers.0", "model.layers.1"], embedding_bits=4)
+    report = hf_guidedquant.quantize(tiny_model(), settings).quantization_report
+    assert report.reconstruction.describe() == "no decoder block has quantized layers"
+    assert report.reconstruction.describe() in report.table()
+
+
 def test_rows_held_back_are_not_trained_on(monkeypatch):
     trained, measured = set(), set()
     add, error = Steps.add, reconstruction._Block._error

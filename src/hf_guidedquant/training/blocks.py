@@ -59,6 +59,8 @@ class ReconstructReport:
     def describe(self) -> str:
         """One line for readers."""
         count = len(self.blocks)
+        if not count:
+            return "no decoder block has quantized layers"
         solved, trained = (sum(getattr(b, which) for b in self.blocks) / count for which in ("solved", "trained"))
         moved = sum(block.moved for block in self.blocks if block.kept) / count
         better = sum(block.kept for block in self.blocks)

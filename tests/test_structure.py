@@ -45,6 +45,7 @@ ROOMS = [
     "checksums",
     "companions",
     "solving",
+    "probe",
     "forecast",
     "run_folder",
     "pipeline",

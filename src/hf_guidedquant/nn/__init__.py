@@ -12,10 +12,11 @@ from .surgery import (
     replace_module,
     without_copies,
 )
-from .trained_linear import TrainedLinear, codebook_gradient
+from .trained_linear import WEIGHTS_AT_A_TIME, TrainedLinear, codebook_gradient, sums_by_code
 from .vocabulary import refuse_resizing, tie_codes, tied_pairs, untie_codebooks
 
 __all__ = [
+    "WEIGHTS_AT_A_TIME",
     "GuidedEmbedding",
     "GuidedLinear",
     "LatentLinear",
@@ -29,6 +30,7 @@ __all__ = [
     "refuse_resizing",
     "replace_module",
     "scale_of",
+    "sums_by_code",
     "tie_codes",
     "tied_pairs",
     "unfuse",

@@ -2,7 +2,7 @@
 
 from .batches import held_back, stack_size
 from .distillation import DistillReport, distill
-from .divergence import Divergence, teacher_states
+from .divergence import Divergence, logit_bytes, output_head, teacher_states
 from .reconstruction import BlockReport, ReconstructReport, check_blocks, reconstruct
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "check_blocks",
     "distill",
     "held_back",
+    "logit_bytes",
+    "output_head",
     "reconstruct",
     "stack_size",
     "teacher_states",

@@ -1,6 +1,7 @@
 """The time that the stages of a run take on this machine, of which is measured for some seconds what it is able to."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -36,14 +37,13 @@ class Machine:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        size = 4096 if device.type == "cuda" else 512
+        on_gpu = device.type == "cuda"
+        size, count = (4096, 2**26) if on_gpu else (512, 2**23)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        large, small = (
-            torch.randn(2**26 if device.type == "cuda" else 2**23, device=device),
-            torch.ones(8, device=device),
-        )
+        # Into memory that is there: what a process gets anew comes page by page, and most of what a run uses is not.
+        large, other, small = (torch.ones(length, device=device) for length in (count, count, 8))
         self._flops = 2 * size**3 / _seconds(lambda: a @ b, device)
-        self._bytes = 2 * large.nbytes / _seconds(large.clone, device)
+        self._bytes = 2 * large.nbytes / _seconds(lambda: other.copy_(large), device)
         self._least = _seconds(lambda: [small + 1 for _ in range(200)], device) / 200
 
     def seconds(self, flops: int, nbytes: int) -> float:
@@ -82,13 +82,16 @@ def reconstruction_seconds(
     machine: Machine, drawn: Outline, layers: Sequence[LayerPlan], rows: int, spec: ReconstructSpec
 ) -> float:
     """Of training block by block: rows forward and backward, and every step on the weights."""
-    stack = stack_size(drawn.tokens, spec.batch_tokens)
+    kept = held_back(rows, spec.held_back)
+    stack = min(stack_size(drawn.tokens, spec.batch_tokens), rows - kept)
     forward, backward = machine.forward(drawn, stack), machine.backward(drawn, stack)
-    trained = (1 - spec.held_back) * rows * spec.epochs
+    trained = (rows - kept) * spec.epochs
     steps = trained * drawn.tokens / max(spec.batch_tokens, drawn.tokens)
     each = sum(machine.seconds(0, _STEP_BYTES * layer.weights) for layer in layers)
-    # Gradients of weights take as many operations as they do forward.
-    return 3 * rows * forward + trained * (2 * forward + backward) + steps * each
+    # All rows through the original and the quantized blocks, and those held back through blocks before and after.
+    through = 2 * (rows + kept) * forward
+    weights = _weight_gradients(machine, drawn, layers, stack) / stack
+    return through + trained * (forward + backward + weights) + steps * each
 
 
 def distillation_seconds(
@@ -110,11 +113,8 @@ def distillation_seconds(
     for bits in {layer.bits for layer in layers}:
         expanding[bits], summing[bits] = _seconds_per_weight(machine, bits)
     once = sum(expanding[layer.bits] * layer.weights for layer in layers)
-    weights = sum(
-        summing[layer.bits] * layer.weights
-        + machine.seconds(2 * stack * drawn.reads.get(layer.name, drawn.tokens) * layer.weights, 0)
-        for layer in layers
-    )
+    summed = sum(summing[layer.bits] * layer.weights for layer in layers)
+    weights = _weight_gradients(machine, drawn, layers, stack) + summed
     vocabulary, hidden = head
     product = machine.seconds(2 * drawn.tokens * vocabulary * hidden, 0)
     divergence = 2 * product + machine.seconds(0, _DIVERGENCE_BYTES * drawn.tokens * vocabulary)
@@ -126,17 +126,25 @@ def distillation_seconds(
     return rows * machine.forward(drawn, stack_size(drawn.tokens, rows * drawn.tokens)) + trained + judged
 
 
+def _weight_gradients(machine: Machine, drawn: Outline, layers: Sequence[LayerPlan], rows: int) -> float:
+    """Seconds for products of so many rows' activations and gradients."""
+    reads = (rows * drawn.reads.get(layer.name, drawn.tokens) * layer.weights for layer in layers)
+    return sum(machine.seconds(2 * read, 0) for read in reads)
+
+
 def solving_seconds(layers: Sequence[LayerPlan], config: GuidedQuantConfig, device: torch.device) -> float:
-    """Of all layers, from one of each method and bit width that is no larger than it has to be."""
-    kinds = {(layer.method, layer.bits): layer for layer in layers}
-    rates = {kind: _solver_rate(layer, config, device) for kind, layer in kinds.items()}
+    """Of all layers, from a batch of each method and bit width that is no larger than it has to be."""
+    alike = Counter(replace(layer, name="") for layer in layers)
+    kinds = {(layer.method, layer.bits): layer for layer in alike}
+    rates = {kind: _solver_rate(layer, alike[layer], config, device) for kind, layer in kinds.items()}
     return sum(solver_work(layer) / rates[layer.method, layer.bits] for layer in layers)
 
 
-def _solver_rate(layer: LayerPlan, config: GuidedQuantConfig, device: torch.device) -> float:
-    """Work per second (:func:`solver_work`) on a layer of random numbers."""
-    most = (4096, 4096) if device.type == "cuda" else (256, 512)
-    rows, inputs = min(most[0], layer.out_features), min(most[1], layer.in_features)
+def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device: torch.device) -> float:
+    """Work per second (:func:`solver_work`) on random numbers in the place of so many layers."""
+    most = (4096, 4096) if device.type == "cuda" else (1024, 512)
+    together = layer.out_features * min(count, layer.batch_size(device))
+    rows, inputs = min(most[0], together), min(most[1], layer.in_features)
     sample = replace(layer, out_features=rows, in_features=inputs, num_groups=1)
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(1, rows, inputs, generator=generator, device=device)

@@ -37,8 +37,10 @@ class Forecast(Plan):
 
     Attributes:
         segments: Parts of the model that are calibrated and solved one after the other, for lack of memory for more.
-        memory: Device -> the most bytes in use at a time, weights included; what Python and its libraries take is not.
-        seconds: Stage -> time on this machine, reading and writing files left out. Empty without a probe.
+        memory: Device -> the most bytes in use at a time, weights and hidden states that wait on the CPU included; what
+            Python and its libraries take is not.
+        seconds: Stage, as in a report, -> time on this machine, reading and writing files left out. ``"data"`` is the
+            choice of widths for a mean number of bits. Empty without a probe.
     """
 
     segments: int = 1
@@ -91,7 +93,8 @@ def plan(
     Raises:
         ConfigError: An override or exclusion matches no module.
         NoLinearLayersError: Nothing is left to quantize.
-        ModelError: The name is no model's, or the memory is too small, whatever is done.
+        ModelError: The name is no model's, the memory is too small, whatever is done, or the model cannot be trained as
+            it is to be.
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     with unfused(subject, config, only_inside=True):

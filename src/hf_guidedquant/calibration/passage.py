@@ -133,7 +133,7 @@ class Shelf:
 def shelved(nbytes: int, device: torch.device) -> int:
     """Bytes that a tensor from ``device`` takes on a :class:`Shelf`."""
     # torch rounds pinned memory up to a power of two.
-    return 1 << max(0, nbytes - 1).bit_length() if device.type == "cuda" else nbytes
+    return 1 << (nbytes - 1).bit_length() if nbytes and device.type == "cuda" else nbytes
 
 
 class _Border(Exception):  # noqa: N818  Nothing went wrong.

@@ -115,7 +115,7 @@ def test_bits_where_they_pay_are_closer_to_the_original_than_the_same_for_all():
     [(2.0, [2, 3, 4]), (2.5, [2, 3, 4]), (4.0, [2, 3, 4]), (1.0, [1, 2]), (4.5, [3, 4, 5, 6]), (8.0, [7, 8])],
 )
 def test_widths_to_choose_from(mean, widths):
-    assert list(budget._widths(mean)) == widths
+    assert list(budget.widths_near(mean)) == widths
 
 
 def test_the_plan_shows_the_next_larger_width_before_there_are_data(llama):

@@ -45,6 +45,7 @@ ROOMS = [
     "checksums",
     "companions",
     "solving",
+    "probe",
     "forecast",
     "trained_blocks",
     "run_folder",

@@ -38,7 +38,7 @@ def test_the_codebooks_gradient_is_that_of_float64_autograd(
     bits, tokens, outputs, inputs, dtype, rows_at_a_time, monkeypatch
 ):
     if rows_at_a_time:
-        monkeypatch.setattr(trained_linear, "_CHUNK", rows_at_a_time * inputs)
+        monkeypatch.setattr(trained_linear, "WEIGHTS_AT_A_TIME", rows_at_a_time * inputs)
     codes, layer = random_layer(bits, outputs, inputs)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, inputs, generator=generator).to(dtype)
@@ -84,7 +84,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_memory_does_not_grow_with_the_layer(monkeypatch):
-    monkeypatch.setattr(trained_linear, "_CHUNK", 1 << 13)
+    monkeypatch.setattr(trained_linear, "WEIGHTS_AT_A_TIME", 1 << 13)
     for outputs in (64, 1024):
         _, layer = random_layer(2, outputs, 128)
         with LargestTensor() as largest:

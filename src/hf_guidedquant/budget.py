@@ -53,14 +53,8 @@ def within_budget(
     """
     if calibration is None or not isinstance(config.bits, float):
         return layers_plan
-    vocabulary = vocabulary_layers(model)
-    bits_of = {
-        layer.name: config.for_module(layer.name, layer.name in vocabulary)["bits"] for layer in layers_plan.layers
-    }
-    layers = [layer for layer in layers_plan.layers if isinstance(bits_of[layer.name], float)]
-    widths = _widths(config.bits)
-    diagonal_only = [replace(layer, method="squeezellm") for layer in layers]
-    statistics = _diagonals(model, replace(config, statistics=None), diagonal_only, calibration, workers)
+    layers, widths = undecided(model, config, layers_plan), widths_near(config.bits)
+    statistics = _diagonals(model, replace(config, statistics=None), diagonal_only(layers), calibration, workers)
     losses = {}
     for layer in layers:
         hessian = statistics.pop(layer.name).hessian
@@ -81,6 +75,23 @@ def within_budget(
     return with_bits(model, layers_plan, bits)
 
 
+def undecided(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> list[LayerPlan]:
+    """The layers whose widths a mean number of bits leaves open."""
+    if not isinstance(config.bits, float):
+        return []
+    vocabulary = vocabulary_layers(model)
+    return [
+        layer
+        for layer in layers_plan.layers
+        if isinstance(config.for_module(layer.name, layer.name in vocabulary)["bits"], float)
+    ]
+
+
+def diagonal_only(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
+    """Layers as they are for the prediction."""
+    return [replace(layer, method="squeezellm") for layer in layers]
+
+
 def _diagonals(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
@@ -99,7 +110,7 @@ def _diagonals(
     return found
 
 
-def _widths(mean: float) -> Sequence[int]:
+def widths_near(mean: float) -> Sequence[int]:
     """Widths to choose from: those that GPUs have fast kernels for, if the mean lies among them."""
     if TILED_BITS[0] <= mean <= TILED_BITS[-1]:
         return TILED_BITS

@@ -1,10 +1,11 @@
 """What a run would do, before it does anything: decisions, sizes, memory, and time by a short probe of the machine."""
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -12,23 +13,22 @@ from torch import nn
 from transformers import AutoConfig
 
 from .auto import auto_class
-from .calibration import Footprint, Outline, divide, outline
-from .config import GuidedQuantConfig, ReconstructSpec
+from .budget import diagonal_only, undecided, widths_near
+from .calibration import Footprint, Outline, divide, outline, shelved, waiting
+from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
 from .errors import ModelError
 from .experts import unfused
-from .linears import size_of, tensors_of
+from .linears import linear_shape, size_of, tensors_of, vocabulary_layers
+from .nn import WEIGHTS_AT_A_TIME
 from .plan import LayerPlan, Plan, plan_layers
+from .probe import Machine, calibration_seconds, distillation_seconds, reconstruction_seconds, solving_seconds
 from .report import align, sizes
-from .resources import WEIGHTS_SHARE, compute_device, reproducible, total_memory
-from .solvers import SolverSpec, solve
-from .solvers.hessian import condition
-from .solving import solver_work
-from .training import check_blocks, held_back, stack_size
+from .resources import VISIT_SHARE, WEIGHTS_SHARE, compute_device, free_memory, total_memory
+from .training import check_blocks, held_back, logit_bytes, output_head, stack_size
 
-# Of the symmetric products for Hessians, what is computed.
-_GRAM_SHARE = 0.63
-# Bytes read and written per weight for codes, codewords, gradients and the optimizer in a step of training.
-_STEP_BYTES = 100
+# Where weights lie -> where they are worked on.
+_Place = Callable[[torch.device], torch.device]
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Forecast(Plan):
 
     Attributes:
         segments: Parts of the model that are calibrated and solved one after the other, for lack of memory for more.
-        memory: Device -> the most bytes in use at a time, weights included; what Python and its libraries take is not.
-        seconds: Stage -> time on this machine, reading and writing files left out. Empty without a probe.
+        memory: Device -> the most bytes in use at a time, weights and hidden states that wait on the CPU included; what
+            Python and its libraries take is not.
+        seconds: Stage, as in a report, -> time on this machine, reading and writing files left out. ``"data"`` is the
+            choice of widths for a mean number of bits. Empty without a probe.
     """
 
     segments: int = 1
@@ -91,7 +93,8 @@ def plan(
     Raises:
         ConfigError: An override or exclusion matches no module.
         NoLinearLayersError: Nothing is left to quantize.
-        ModelError: The name is no model's, or the memory is too small, whatever is done.
+        ModelError: The name is no model's, the memory is too small, whatever is done, or the model cannot be trained as
+            it is to be.
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     with unfused(subject, config, only_inside=True):
@@ -100,58 +103,153 @@ def plan(
 
 def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
     decided = plan_layers(subject, config)
-    device = compute_device(torch.device("cpu"), config.device)
-    fits = device.type != "cpu" and size_of(subject) <= WEIGHTS_SHARE * total_memory(device)
-
-    def home(stored: torch.device) -> torch.device:
-        """Where weights that are nowhere yet would lie."""
-        return stored if stored.type != "meta" else device if fits else torch.device("cpu")
-
-    def place(stored: torch.device) -> torch.device:
-        return compute_device(home(stored), config.device)
-
-    tokens = min(config.seq_len, getattr(subject.config.get_text_config(), "max_position_embeddings", config.seq_len))
-    needs_data = decided.needs_data or bool(config.reconstruct)
-    drawn = outline(subject, tokens, config.guided, place) if needs_data else Outline()
-    if config.reconstruct:
-        check_blocks(subject, drawn)
-    footprint = Footprint(subject, decided.layers, drawn, place, home)
-    borders = [(segment.start, segment.stop) for segment in divide(footprint, config, config.num_samples)]
-    memory: Counter[torch.device] = Counter(footprint.resident)
-    for start, stop in borders:
-        for where, need in footprint(start, stop).items():
-            memory[where] = max(memory[where], footprint.resident[where] + need)
-    waiting = len(borders) - 1
-    if (spec := config.reconstruct_spec) is not None:
-        trained = config.num_samples - held_back(config.num_samples, spec.held_back)
-        stack = min(trained, stack_size(tokens, spec.batch_tokens))
-        itemsize = 2 if device.type == "cuda" else subject.dtype.itemsize
-        for where, need in footprint.reconstruction(stack, itemsize).items():
-            memory[where] = max(memory[where], footprint.resident[where] + need)
-        # The original's and the quantized blocks'. What leaves a block takes the place of what entered it, on a GPU.
-        waiting = max(waiting, 2 if device.type == "cuda" else 3)
-    # Outside wait weights, hidden states between segments, and what is finished.
-    memory[torch.device("cpu")] += (
-        sum(tensor.nbytes for tensor in tensors_of(subject) if home(tensor.device) != place(tensor.device))
-        + waiting * config.num_samples * drawn.border
-        + sum(layer.packed_bytes for layer in decided.layers)
-    )
-    seconds = {}
-    if probe and decided.needs_data:
-        passes = 2 - 1 / len(borders)
-        seconds["calibration"] = config.num_samples * _row_seconds(
-            drawn, decided.layers, tokens, passes, subject.dtype, device
-        )
-    if probe:
-        seconds["solving"] = _solving_seconds(decided.layers, config, device)
-    if probe and spec is not None:
-        seconds["reconstruction"] = _training_seconds(drawn, decided.layers, config.num_samples, spec, device, subject)
+    run = _Run(subject, config, decided)
+    memory, segments = run.memory()
     return Forecast(
         **{part.name: getattr(decided, part.name) for part in fields(Plan)},
-        segments=len(borders),
+        segments=segments,
         memory={str(where): size for where, size in memory.items()},
-        seconds=seconds,
+        seconds=run.seconds(segments) if probe else {},
     )
+
+
+class _Run:
+    """What a run does with a model, stage by stage."""
+
+    def __init__(self, model: Any, config: GuidedQuantConfig, decided: Plan) -> None:
+        self._model, self._config, self._decided = model, config, decided
+        self._rows, self._device = config.num_samples, compute_device(_HOST, config.device)
+        self._fits = self._device.type != "cpu" and size_of(model) <= WEIGHTS_SHARE * total_memory(self._device)
+        self._block_wise, self._end_to_end = config.reconstruct_spec, config.distill_spec
+        self._undecided = diagonal_only(undecided(model, config, decided))
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.seq_len)
+        self._tokens = min(config.seq_len, longest)
+        training = bool(self._block_wise or self._end_to_end)
+        needs_data = decided.needs_data or bool(self._undecided) or training
+        self._drawn = outline(model, self._tokens, config.guided, self._place) if needs_data else Outline()
+        if self._block_wise:
+            check_blocks(model, self._drawn)
+        # Training has gradients, whatever calibration does.
+        other = training and not config.guided
+        self._trained = outline(model, self._tokens, True, self._place) if other else self._drawn
+
+    def memory(self) -> tuple[Counter[torch.device], int]:
+        """The most bytes in use on every device, weights included; and the number of segments."""
+        weights = self._footprint(self._drawn)
+        calibration, segments = self._calibration(self._decided.layers)
+        stages = [calibration]
+        if self._block_wise:
+            stages.append(self._reconstruction(self._block_wise))
+        for stage in stages:
+            stage[_HOST] += sum(layer.packed_bytes for layer in self._decided.layers)
+        if self._end_to_end:
+            stages += self._distillation(self._end_to_end)
+            hidden = linear_shape(output_head(self._model))[1]
+            for stage in stages:
+                # The original's last hidden states, from the first stage to the last.
+                stage[_HOST] += self._waiting(self._tokens * hidden * self._model.dtype.itemsize)
+        if self._undecided:
+            stages.append(self._calibration(self._undecided)[0])
+        found = weights.resident + reduce(or_, stages)
+        found[_HOST] += sum(
+            tensor.nbytes
+            for tensor in tensors_of(self._model)
+            if self._home(tensor.device) != self._place(tensor.device)
+        )
+        return found, segments
+
+    def seconds(self, segments: int) -> dict[str, float]:
+        """Time by stage."""
+        layers, found, machine = self._decided.layers, {}, cache(Machine)
+        calibrated = machine(self._device, self._model.dtype)
+        if self._undecided:
+            widths = widths_near(float(self._config.bits))
+            found["data"] = calibration_seconds(calibrated, self._drawn, self._undecided, self._rows, segments)
+            tried = [replace(layer, bits=bits) for layer in self._undecided for bits in widths]
+            found["data"] += solving_seconds(tried, self._config, self._device)
+        if self._decided.needs_data:
+            found["calibration"] = calibration_seconds(calibrated, self._drawn, layers, self._rows, segments)
+        found["solving"] = solving_seconds(layers, self._config, self._device)
+        if self._block_wise:
+            trained = machine(self._device, self._products(self._device))
+            found["reconstruction"] = reconstruction_seconds(
+                trained, self._trained, layers, self._rows, self._block_wise
+            )
+        if self._end_to_end:
+            device = self._whole(self._decided.dense_bytes)(self._model.device)
+            trained = machine(device, self._products(device))
+            head = linear_shape(output_head(self._model))
+            trainable = [layer for layer in layers if layer.name not in vocabulary_layers(self._model)]
+            found["distillation"] = distillation_seconds(
+                trained, self._trained, trainable, head, self._rows, self._end_to_end
+            )
+        return found
+
+    def _calibration(self, layers: Sequence[LayerPlan]) -> tuple[Counter[torch.device], int]:
+        """Bytes beside the weights; and the number of segments."""
+        footprint = self._footprint(self._drawn, layers)
+        segments = divide(footprint, self._config, self._rows)
+        need = reduce(or_, (footprint(segment.start, segment.stop) for segment in segments))
+        need[_HOST] += waiting(len(segments), self._config.guided) * self._waiting(self._drawn.border)
+        return need, len(segments)
+
+    def _reconstruction(self, spec: ReconstructSpec) -> Counter[torch.device]:
+        """Bytes beside the weights."""
+        stack = self._stack(spec)
+        need = self._footprint(self._trained).reconstruction(stack, self._products(self._device).itemsize)
+        # The original's and the quantized blocks'. What leaves a block takes the place of what entered it, on a GPU.
+        need[_HOST] += (2 if self._device.type == "cuda" else 3) * self._waiting(self._drawn.border)
+        return need
+
+    def _distillation(self, spec: DistillSpec) -> list[Counter[torch.device]]:
+        """Bytes beside the weights, of the original's pass over the rows and of the training."""
+        place = self._whole(self._decided.dense_bytes)
+        prediction = self._footprint(self._trained, place=place).prediction(
+            stack_size(self._tokens, self._rows * self._tokens)
+        )
+        place, stack = self._whole(self._decided.quantized_bytes), self._stack(spec)
+        head = linear_shape(output_head(self._model))
+        distillation = self._footprint(self._trained, place=place).distillation(
+            stack,
+            self._products(place(self._model.device)).itemsize,
+            WEIGHTS_AT_A_TIME,
+            logit_bytes(stack * self._tokens, head[0]),
+            vocabulary_layers(self._model),
+        )
+        return [prediction, distillation]
+
+    def _footprint(
+        self, drawn: Outline, layers: Sequence[LayerPlan] | None = None, place: _Place | None = None
+    ) -> Footprint:
+        return Footprint(
+            self._model, self._decided.layers if layers is None else layers, drawn, place or self._place, self._home
+        )
+
+    def _stack(self, spec: ReconstructSpec | DistillSpec) -> int:
+        """Rows that are trained on together."""
+        trained = self._rows - held_back(self._rows, spec.held_back)
+        return min(trained, stack_size(self._tokens, spec.batch_tokens))
+
+    def _waiting(self, nbytes: int) -> int:
+        """Bytes of what waits on the CPU of every row."""
+        return self._rows * shelved(nbytes, self._device)
+
+    def _products(self, device: torch.device) -> torch.dtype:
+        """What products of training are computed in."""
+        return torch.bfloat16 if device.type == "cuda" else self._model.dtype
+
+    def _home(self, stored: torch.device) -> torch.device:
+        """Where weights that are nowhere yet would lie."""
+        return stored if stored.type != "meta" else self._device if self._fits else _HOST
+
+    def _place(self, stored: torch.device) -> torch.device:
+        return compute_device(self._home(stored), self._config.device)
+
+    def _whole(self, nbytes: int) -> _Place:
+        """Where a model of so many bytes runs that is not run in parts: on a GPU in the CPU's stead, if it fits."""
+        on_host = {self._home(tensor.device) for tensor in tensors_of(self._model)} == {_HOST}
+        fits = self._device.type == "cpu" or nbytes <= VISIT_SHARE * free_memory(self._device)
+        return self._place if on_host and fits else self._home
 
 
 def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:
@@ -163,106 +261,6 @@ def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:
     trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
     with torch.device("meta"):
         return auto_class(config).from_config(config, dtype=config.get_text_config().dtype or torch.float32, **trust)
-
-
-def _row_seconds(
-    drawn: Outline, layers: Sequence[LayerPlan], tokens: int, passes: float, dtype: torch.dtype, device: torch.device
-) -> float:
-    """Seconds that a row takes: every operation at the machine's rate of arithmetic or of memory, whichever is slower.
-
-    ``passes`` is how often the row is run forward.
-    """
-    machine = _Machine(device, dtype)
-    total = sum((1.0 if op.backward else passes) * machine.seconds(op.flops, op.nbytes) for op in drawn.work)
-    for layer in layers:
-        read = drawn.reads.get(layer.name, tokens)
-        activations = read * (5 * layer.in_features + 2 * layer.out_features) * dtype.itemsize
-        total += machine.seconds(0, activations + 2 * layer.statistics_bytes)
-        if layer.statistics == "hessian":
-            total += machine.seconds(int(2 * _GRAM_SHARE * read * layer.num_groups * layer.in_features**2), 0)
-    return total
-
-
-def _training_seconds(
-    drawn: Outline, layers: Sequence[LayerPlan], rows: int, spec: ReconstructSpec, device: torch.device, model: Any
-) -> float:
-    """Seconds that training block by block takes: rows forward and backward, and every step on the weights."""
-    machine = _Machine(device, torch.bfloat16 if device.type == "cuda" else model.dtype)
-    stack = stack_size(drawn.tokens, spec.batch_tokens)
-    forward, backward = (
-        sum(machine.seconds(stack * op.flops, stack * op.nbytes) for op in drawn.block_work if op.backward is which)
-        / stack
-        for which in (False, True)
-    )
-    # Without a guided pass its backward half is not known; either way the weights' gradients come on top of it.
-    trained = (1 - spec.held_back) * rows * spec.epochs
-    steps = trained * drawn.tokens / max(spec.batch_tokens, drawn.tokens)
-    each = sum(machine.seconds(0, _STEP_BYTES * layer.weights) for layer in layers)
-    return 3 * rows * forward + trained * (2 * forward + (backward or forward)) + steps * each
-
-
-class _Machine:
-    """What a device is able to, measured: operations and bytes per second, and seconds that any operation takes."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        size = 4096 if device.type == "cuda" else 512
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        large, small = (
-            torch.randn(2**26 if device.type == "cuda" else 2**23, device=device),
-            torch.ones(8, device=device),
-        )
-        self._flops = 2 * size**3 / _seconds(lambda: a @ b, device)
-        self._bytes = 2 * large.nbytes / _seconds(large.clone, device)
-        self._least = _seconds(lambda: [small + 1 for _ in range(200)], device) / 200
-
-    def seconds(self, flops: int, nbytes: int) -> float:
-        return max(flops / self._flops, nbytes / self._bytes, self._least)
-
-
-def _solving_seconds(layers: Sequence[LayerPlan], config: GuidedQuantConfig, device: torch.device) -> float:
-    """Time of all layers, from one of each method and bit width that is no larger than it has to be."""
-    kinds = {(layer.method, layer.bits): layer for layer in layers}
-    rates = {kind: _solver_rate(layer, config, device) for kind, layer in kinds.items()}
-    return sum(solver_work(layer) / rates[layer.method, layer.bits] for layer in layers)
-
-
-def _solver_rate(layer: LayerPlan, config: GuidedQuantConfig, device: torch.device) -> float:
-    """Work per second (:func:`solver_work`) on a layer of random numbers."""
-    most = (4096, 4096) if device.type == "cuda" else (256, 512)
-    rows, inputs = min(most[0], layer.out_features), min(most[1], layer.in_features)
-    sample = replace(layer, out_features=rows, in_features=inputs, num_groups=1)
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(1, rows, inputs, generator=generator, device=device)
-    hessian = None
-    if layer.statistics != "none":
-        x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
-        sums = x.mT @ x if layer.statistics == "hessian" else x.square().sum(dim=0)
-        hessian, _ = condition(sums.unsqueeze(0), layer.name)
-    spec = SolverSpec(
-        layer.bits,
-        torch.float16,
-        config.lnq_sweeps,
-        config.lnq_iterations,
-        config.lnq_cycles,
-        config.kmeans_iterations,
-        min(layer.outliers, inputs - 1),
-    )
-    with reproducible():
-        return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec), device, 2)
-
-
-def _seconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """The least of several calls, after one that does not count: others may be at work too."""
-    times = []
-    for _ in range(repeats + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 __all__ = ["Forecast", "plan"]

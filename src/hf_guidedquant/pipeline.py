@@ -44,16 +44,13 @@ from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module
 from .page import PAGE_FILE, write_page
 from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
 from .report import Report
-from .resources import free_memory, reproducible
+from .resources import VISIT_SHARE, free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
 from .training import check_blocks, distill, reconstruct, teacher_states
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
-
-# How much of a GPU's free memory a model may fill that runs there as a whole.
-_WEIGHTS_SHARE = 0.7
 
 
 def run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool = False) -> Report:
@@ -202,7 +199,7 @@ def _where_work_is_done(model: Any, config: GuidedQuantConfig) -> Iterator[None]
     """The whole model is on the GPU that works for the CPU, if it fits; afterwards it is where it was."""
     place, size = place_for(config)(model.device), size_of(model)
     visit = {tensor.device.type for tensor in tensors_of(model)} == {"cpu"} != {place.type}
-    if visit and size > _WEIGHTS_SHARE * free_memory(place):
+    if visit and size > VISIT_SHARE * free_memory(place):
         logger.warning("The model does not fit on %s as a whole, so the CPU runs it, which takes long.", place)
         visit = False
     try:

@@ -9,6 +9,8 @@ import torch
 
 # How much of a GPU's memory full-precision weights may fill before they have to wait outside.
 WEIGHTS_SHARE = 0.8
+# How much of a GPU's free memory a model may fill that runs there as a whole.
+VISIT_SHARE = 0.7
 
 
 def free_memory(device: torch.device) -> int:

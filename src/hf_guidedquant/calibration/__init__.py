@@ -1,12 +1,13 @@
 """From data to Hessians: token rows, and the pass over the model that turns them into statistics per layer."""
 
 from .collector import LayerStatistics
+from .footprint import Footprint
 from .outline import Outline, outline
-from .passage import Passage, Shelf
-from .relay import Relay
+from .passage import Passage, Shelf, shelved
+from .relay import Relay, waiting
 from .routing import lend, with_fellows
 from .rows import Calibration, load_rows
-from .segments import Footprint, Segment, divide, gather, outline_for, place_for, relay_for
+from .segments import Segment, divide, gather, outline_for, place_for, relay_for
 from .store import StatisticsStore, open_statistics
 
 __all__ = [
@@ -28,5 +29,7 @@ __all__ = [
     "outline_for",
     "place_for",
     "relay_for",
+    "shelved",
+    "waiting",
     "with_fellows",
 ]

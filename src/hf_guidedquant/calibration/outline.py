@@ -128,6 +128,8 @@ def outline(
             output = functional_call(model, tensors, (), {"input_ids": ids.unsqueeze(0), "use_cache": False})
             if guided:
                 loss = end_loss(output, ids)
+                # As in a run, only what gradients need is still there.
+                del output
                 watch.memory.backward = True
                 loss.backward()
             return watch.outline()

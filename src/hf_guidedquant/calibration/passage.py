@@ -130,6 +130,12 @@ class Shelf:
             torch.cuda.synchronize(self._sending.pop())
 
 
+def shelved(nbytes: int, device: torch.device) -> int:
+    """Bytes that a tensor from ``device`` takes on a :class:`Shelf`."""
+    # torch rounds pinned memory up to a power of two.
+    return 1 << (nbytes - 1).bit_length() if nbytes and device.type == "cuda" else nbytes
+
+
 class _Border(Exception):  # noqa: N818  Nothing went wrong.
     """The hidden states have come to the end of the part."""
 
@@ -164,4 +170,4 @@ def _passed_over(block: nn.Module, outputs: int | None) -> Iterator[None]:
             block.forward = own
 
 
-__all__ = ["Passage", "Shelf"]
+__all__ = ["Passage", "Shelf", "shelved"]

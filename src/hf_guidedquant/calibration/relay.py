@@ -30,6 +30,12 @@ from .outline import Outline
 from .passage import Passage, Shelf
 
 
+def waiting(segments: int, guided: bool) -> int:
+    """How often hidden states of all rows, or their gradients, wait on the CPU at most."""
+    # Those that enter the segments behind the first, and gradients on their way; or those that enter and that leave.
+    return segments if guided and segments > 1 else min(segments - 1, 2)
+
+
 class Relay:
     """The calibration rows, and how far they are.
 
@@ -179,4 +185,4 @@ class Relay:
                 bar.update(row.numel())
 
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "waiting"]

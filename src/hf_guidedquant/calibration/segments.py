@@ -1,23 +1,23 @@
 """How a model is divided for the pass over the data: segments of decoder blocks whose Hessians fit in memory."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from ..config import GuidedQuantConfig
 from ..errors import ModelError
-from ..linears import stored_weight, tensors_of
+from ..linears import stored_weight
 from ..plan import LayerPlan
 from ..resources import compute_device, free_memory
 from ..workers import Workers
 from .collector import LayerStatistics
+from .footprint import Footprint, has_twin
 from .outline import Outline, outline
-from .relay import Relay
+from .relay import Relay, waiting
 from .rows import Calibration
 from .store import StatisticsStore
 
@@ -36,115 +36,6 @@ class Segment:
     start: int
     stop: int
     layers: tuple[LayerPlan, ...]
-
-
-class Footprint:
-    """The memory that calibrating and solving some of a model's blocks takes, by device.
-
-    Args:
-        model: On any devices.
-        layers: What is to be quantized.
-        drawn: The model's outline.
-        place: Where the work on weights of a device is done.
-        home: Where weights of a device lie; for those on the meta device.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[LayerPlan],
-        drawn: Outline,
-        place: Callable[[torch.device], torch.device],
-        home: Callable[[torch.device], torch.device] = lambda device: device,
-    ) -> None:
-        self.outline = drawn
-        self.count = max(1, len(drawn.blocks))
-        self.layers: list[list[LayerPlan]] = [[] for _ in range(self.count)]
-        # Bytes by device: always there, moved there for the whole pass, and of each block.
-        self.resident, self._moved = Counter[torch.device](), Counter[torch.device]()
-        # Of what is always there, what is still to come.
-        self.pending = Counter[torch.device]()
-        self._block_moved = [Counter[torch.device]() for _ in range(self.count)]
-        self._hessians = [Counter[torch.device]() for _ in range(self.count)]
-        self._kinds = [Counter[tuple[torch.device, LayerPlan]]() for _ in range(self.count)]
-        self._taps = [0] * self.count
-        inside = {
-            id(tensor): number
-            for number, name in enumerate(drawn.blocks)
-            for tensor in tensors_of(model.get_submodule(name))
-        }
-        self._homes = [set[torch.device]() for _ in range(self.count)]
-        planned = {layer.name: layer for layer in layers}
-        for tensor in tensors_of(model):
-            device, number = place(tensor.device), inside.get(id(tensor))
-            if device == home(tensor.device):
-                self.resident[device] += tensor.nbytes
-                self.pending[device] += tensor.nbytes if tensor.is_meta else 0
-            else:
-                (self._moved if number is None else self._block_moved[number])[device] += tensor.nbytes
-            self._homes[number or 0].add(device)
-        for layer in layers:
-            number = drawn.places.get(layer.name, 0)
-            device = place(stored_weight(model.get_submodule(layer.name)).device)
-            self.layers[number].append(layer)
-            if not _has_twin(layer, planned, drawn):
-                self._hessians[number][device] += layer.statistics_bytes
-            self._kinds[number][device, replace(layer, name="")] += 1
-            # A layer's activations, scaled, and whether they are finite.
-            tokens = drawn.reads.get(layer.name, drawn.tokens)
-            self._taps[number] = max(self._taps[number], 8 * tokens * layer.in_features)
-
-    def hessians(self, start: int, stop: int) -> Counter[torch.device]:
-        """Bytes of the blocks' Hessians."""
-        return sum(self._hessians[start:stop], Counter())
-
-    def __call__(self, start: int, stop: int) -> Counter[torch.device]:
-        """Bytes that blocks from ``start`` to before ``stop`` take at the worst moment, beside what is always there."""
-        found = self.hessians(start, stop)
-        for device in set().union(*self._homes[start:stop]):
-            here = [k for k in range(start, stop) if device in self._homes[k]]
-            weights = self._moved[device] + sum(self._block_moved[k][device] for k in here)
-            row = self.outline.row_bytes(here if self.outline.blocks else [])
-            row += max(self._taps[k] for k in here)
-            found[device] += max(weights + row, self._solver(here, device))
-        return found
-
-    def reconstruction(self, rows: int, itemsize: int) -> Counter[torch.device]:
-        """Bytes that training the largest block takes at most, beside what is always there.
-
-        An upper bound: what rows take is what they do with gradients all the way, which here begin at the first layer.
-
-        Args:
-            rows: That go through the block together.
-            itemsize: Bytes of a number in products.
-        """
-        found = Counter[torch.device]()
-        for number, layers in enumerate(self.layers if self.outline.blocks else []):
-            row = self.outline.block_bytes(number)
-            for device in {device for device, _ in self._kinds[number]}:
-                sizes = [layer.weights for layer in layers]
-                # A latent weight, its gradient and the two moments of that; its code and codeword.
-                kept = (16 + 1 + itemsize) * sum(sizes)
-                # Codes on the way to codewords, one layer at a time.
-                need = self._moved[device] + self._block_moved[number][device] + kept + 16 * max(sizes) + rows * row
-                found[device] = max(found[device], need)
-        return found
-
-    def _solver(self, blocks: Sequence[int], device: torch.device) -> int:
-        """Bytes that the largest batch of alike layers takes to be solved."""
-        kinds = sum((self._kinds[number] for number in blocks), Counter[tuple[torch.device, LayerPlan]]())
-        sizes = (
-            layer.solver_bytes(min(count, layer.batch_size(device)))
-            for (where, layer), count in kinds.items()
-            if where == device
-        )
-        return max(sizes, default=0)
-
-
-def _has_twin(layer: LayerPlan, others: Mapping[str, LayerPlan], drawn: Outline) -> bool:
-    """Whether one of the others has the very same statistics."""
-    twin = others.get(drawn.twins.get(layer.name, ""))
-    return twin is not None and twin.statistics == layer.statistics
 
 
 def place_for(config: GuidedQuantConfig) -> Callable[[torch.device], torch.device]:
@@ -197,10 +88,10 @@ def divide(
             continue
         borders.insert(0, (start, stop))
         _check(footprint, start, stop, rooms, config)
-    waiting, free = (len(borders) - 1) * rows * footprint.outline.border, free_memory(torch.device("cpu"))
-    if waiting > free:
+    states = waiting(len(borders), config.guided) * rows * footprint.outline.border
+    if states > (free := free_memory(torch.device("cpu"))):
         raise ModelError(
-            f"Between {len(borders)} segments, hidden states of {rows} rows take {waiting / 2**30:.3g} GiB of CPU "
+            f"Between {len(borders)} segments, hidden states of {rows} rows take {states / 2**30:.3g} GiB of CPU "
             f"memory, and {free / 2**30:.3g} GiB are free. Lower num_samples, or use a GPU with more memory."
         )
     if len(borders) > 1:
@@ -299,7 +190,7 @@ def gather(
         for tensor in (kept.hessian, kept.bad_rows, kept.tokens):
             workers.hand_over(tensor, 0)
     missing = {name: layer for name, layer in wanted.items() if name not in found}
-    collected = {name: empty(name) for name, layer in missing.items() if not _has_twin(layer, missing, relay.outline)}
+    collected = {name: empty(name) for name, layer in missing.items() if not has_twin(layer, missing, relay.outline)}
     if collected:
         relay.collect(number, collected)
     found |= {name: collected[name if name in collected else relay.outline.twins[name]] for name in missing}

@@ -1,5 +1,6 @@
 """The module that takes a linear layer's place."""
 
+from .code_sums import sums_by_code
 from .fusion import fuse, unfuse
 from .guided_embedding import GuidedEmbedding, scale_of
 from .guided_linear import GuidedLinear
@@ -12,10 +13,11 @@ from .surgery import (
     replace_module,
     without_copies,
 )
-from .trained_linear import TrainedLinear, codebook_gradient
+from .trained_linear import WEIGHTS_AT_A_TIME, TrainedLinear, codebook_gradient
 from .vocabulary import refuse_resizing, tie_codes, tied_pairs, untie_codebooks
 
 __all__ = [
+    "WEIGHTS_AT_A_TIME",
     "GuidedEmbedding",
     "GuidedLinear",
     "LatentLinear",
@@ -29,6 +31,7 @@ __all__ = [
     "refuse_resizing",
     "replace_module",
     "scale_of",
+    "sums_by_code",
     "tie_codes",
     "tied_pairs",
     "unfuse",

@@ -12,7 +12,7 @@ from .code_sums import sums_by_code
 from .guided_linear import GuidedLinear
 
 # Numbers of a weight gradient that exist at a time.
-_CHUNK = 1 << 25
+WEIGHTS_AT_A_TIME = 1 << 25
 
 
 class TrainedLinear(nn.Module):
@@ -105,7 +105,7 @@ def codebook_gradient(grad: Tensor, x: Tensor, planes: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         grad, x = grad.to(wide), x.to(wide)
     result = torch.empty(grad.shape[1], levels, dtype=torch.float32, device=grad.device)
-    step = max(1, _CHUNK // inputs)
+    step = max(1, WEIGHTS_AT_A_TIME // inputs)
     for start in range(0, grad.shape[1], step):
         rows = slice(start, start + step)
         transposed = grad[:, rows].mT

@@ -3,7 +3,7 @@
 from .batches import held_back, stack_size
 from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, layers_by_block
 from .distillation import DistillReport, distill
-from .divergence import Divergence, teacher_states
+from .divergence import Divergence, logit_bytes, output_head, teacher_states
 from .reconstruction import check_blocks, reconstruct
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "distill",
     "held_back",
     "layers_by_block",
+    "logit_bytes",
+    "output_head",
     "reconstruct",
     "stack_size",
     "teacher_states",

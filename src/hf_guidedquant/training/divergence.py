@@ -22,8 +22,27 @@ from .batches import stacks
 
 # Tokens whose logits exist at a time.
 _LOGIT_TOKENS = 2048
+# Bytes of a logit on the way to the gradient: two log-probabilities, and what is computed of them, in fp32.
+_LOGIT_BYTES = 20
 # Tokens of a row whose logits are compared with the model's own.
 _COMPARED_TOKENS = 8
+
+
+def output_head(model: Any) -> nn.Module:
+    """The layer that gives the logits.
+
+    Raises:
+        ModelError: There is none.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head, so there are no predictions to distill.")
+    return head
+
+
+def logit_bytes(tokens: int, vocabulary: int) -> int:
+    """Bytes that the divergence of so many tokens, and its gradient, take at most."""
+    return _LOGIT_BYTES * min(tokens, _LOGIT_TOKENS) * vocabulary
 
 
 def teacher_states(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -131,9 +150,7 @@ class _Summed(torch.autograd.Function):
 
 def _run(model: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     """What the head reads of rows ``[rows, T]``, ``[tokens, hidden]``, and the model's logits of their first tokens."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(model).__name__} has no output head, so there are no predictions to distill.")
+    head = output_head(model)
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple) -> tuple:
@@ -181,4 +198,4 @@ def _finite(state: Tensor) -> bool:
     return bool(torch.isfinite(state).all())
 
 
-__all__ = ["Divergence", "teacher_states"]
+__all__ = ["Divergence", "logit_bytes", "output_head", "teacher_states"]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..linears import stored_weight, tensors_of
 from ..plan import LayerPlan
+from .gram import groups_at_a_time
 from .outline import Outline
 
 
@@ -70,9 +71,10 @@ class Footprint:
             if not has_twin(layer, planned, drawn):
                 self._hessians[number][device] += layer.statistics_bytes
             self._kinds[number][device, replace(layer, name="")] += 1
-            # A layer's activations, scaled, and whether they are finite.
-            tokens = drawn.reads.get(layer.name, drawn.tokens)
-            self._taps[number] = max(self._taps[number], 8 * tokens * layer.in_features)
+            # A layer's activations, and scaled ones for every group.
+            size = drawn.reads.get(layer.name, drawn.tokens) * layer.in_features
+            together = groups_at_a_time(layer.in_features, layer.num_groups)
+            self._taps[number] = max(self._taps[number], 4 * (1 + together) * size)
 
     def hessians(self, start: int, stop: int) -> Counter[torch.device]:
         """Bytes of the blocks' Hessians."""

@@ -19,14 +19,20 @@ def add_grams(total: Tensor, x: Tensor, weights: Tensor | None) -> None:
         weights: fp32 ``[T, g]``, not negative; None for 1.
     """
     roots = x.new_ones(len(total), 1, 1) if weights is None else weights.mT.sqrt().unsqueeze(-1)  # [g, T or 1, 1]
-    stripes = _stripes(total.shape[-1])
-    # Products of few inputs fill a GPU only together; of many, the scaled inputs of all groups would be large.
-    together = len(total) if len(stripes) == 1 else 1
+    stripes, together = _stripes(total.shape[-1]), groups_at_a_time(total.shape[-1], len(total))
     for sums, root in zip(total.split(together), roots.split(together), strict=True):
         scaled = torch.empty(len(sums), *x.shape, dtype=_product_dtype(x, weights is not None), device=x.device)
         torch.mul(x, root, out=scaled)
         for start, stop in stripes:
             _add_product(sums[:, start:stop, :stop], scaled[..., start:stop].mT, scaled[..., :stop])
+
+
+def groups_at_a_time(inputs: int, groups: int) -> int:
+    """How many groups' scaled inputs exist together.
+
+    Products of few inputs fill a GPU only together; of many, the scaled inputs of all groups would be large.
+    """
+    return groups if len(_stripes(inputs)) == 1 else 1
 
 
 def add_squares(total: Tensor, x: Tensor, weights: Tensor | None) -> None:

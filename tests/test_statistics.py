@@ -129,10 +129,12 @@ def test_killed_while_calibrating(count, passes, tmp_path, collected):
         quantize(tmp_path / "statistics", max_memory=little_memory())
 
     in_a_killed_process(run)
-    assert len(layer_files(tmp_path / "statistics")) == count - 1
+    kept = len(layer_files(tmp_path / "statistics"))
+    # Four are written at a time, so others may have been finished before the kill.
+    assert count - 1 <= kept <= count + 2
     model = saved(quantize(tmp_path / "statistics", max_memory=little_memory()), tmp_path / "model")
     assert len(collected) == passes
-    assert sum(map(len, collected)) == 15 - count
+    assert sum(map(len, collected)) == 14 - kept
     assert model == saved(quantize(None), tmp_path / "model")
 
 

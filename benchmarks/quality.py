@@ -210,7 +210,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder or name of a full-precision model")
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
     parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
-    parser.add_argument("--bits", nargs="+", default=["2", "3", "4"], help="like 2 or, as a mean, 2.5")
+    parser.add_argument(
+        "--bits",
+        type=lambda text: str(width(text)),
+        nargs="+",
+        default=["2", "3", "4"],
+        metavar="BITS",
+        help="like 2 or, as a mean, 2.5",
+    )
     parser.add_argument(
         "--methods",
         nargs="+",

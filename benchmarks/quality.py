@@ -201,6 +201,11 @@ def width(text: str) -> int | float:
     return float(text) if "." in text else int(text)
 
 
+def bits(text: str) -> str:
+    """The same as a text, checked."""
+    return str(width(text))
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults after every option, and the description as it is written."""
 
@@ -212,7 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
     parser.add_argument(
         "--bits",
-        type=lambda text: str(width(text)),
+        type=bits,
         nargs="+",
         default=["2", "3", "4"],
         metavar="BITS",

@@ -166,18 +166,18 @@ def test_readers_share_a_folder_and_writers_do_not(kept, tmp_path):
 
 def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(FolderUnusableError, match="No space left"):
-        patch.setattr(os, "fsync", at_the_fifth(OSError(28, "No space left on device")))
+        patch.setattr(os, "fsync", from_the_fifth(OSError(28, "No space left on device")))
         quantize(tmp_path / "statistics")
-    there = len(layer_files(tmp_path / "statistics"))
-    assert 0 < there < 14
+    # Two for the record, two for layers.
+    assert 1 <= len(layer_files(tmp_path / "statistics")) <= 2
     assert saved(quantize(tmp_path / "statistics"), tmp_path / "model") == saved(quantize(None), tmp_path / "model")
 
 
-def at_the_fifth(error):
+def from_the_fifth(error):
     calls, fsync = iter(range(1, 10**6)), os.fsync
 
     def failing(descriptor):
-        if next(calls) == 5:
+        if next(calls) >= 5:
             raise error
         fsync(descriptor)
 

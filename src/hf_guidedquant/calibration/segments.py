@@ -195,8 +195,8 @@ def gather(
         relay.collect(number, collected)
     found |= {name: collected[name if name in collected else relay.outline.twins[name]] for name in missing}
     if store is not None:
-        # Checksums and disks take as long as the calibration of a small model.
+        # Checksums and disks take as long as the calibration of a small model. After a failure no more are begun.
         with ThreadPoolExecutor(_WRITERS) as pool:
-            for saved in [pool.submit(store.save, name, found[name]) for name in missing]:
-                saved.result()
+            for _ in pool.map(store.save, missing, [found[name] for name in missing]):
+                pass
     return found

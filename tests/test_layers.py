@@ -139,11 +139,13 @@ def test_a_fused_layer_called_by_itself_or_in_another_order(outliers, device):
     with torch.no_grad():
         parts[0](x)
     assert parts[1](x).requires_grad
-    # Too many tokens to share, and another kernel: products of 64 inputs, summed in fp32, and the overlay's are rounded
-    # to fp16 twice each at most.
-    alone = parts[0](x).repeat(30, 1)
-    bound = 4 * torch.finfo(torch.float16).eps * float(alone.abs().max())
-    torch.testing.assert_close(parts[0](torch.cat([x] * 30)), alone, rtol=0, atol=bound)
+    together, alone = parts[0](torch.cat([x] * 30)), parts[0](x).repeat(30, 1)  # too many tokens to share
+    if device.name == "cuda" and outliers:
+        # Other kernels there: the product and the one with the overlay are rounded to fp16, twice each at most.
+        bound = 4 * torch.finfo(torch.float16).eps * float(alone.abs().max())
+        torch.testing.assert_close(together, alone, rtol=0, atol=bound)
+    else:
+        assert torch.equal(together, alone)
     with torch.inference_mode():
         inside = x.detach() * 1
         assert torch.equal(parts[2](inside), expected[2])

@@ -71,9 +71,9 @@ class Footprint:
             if not has_twin(layer, planned, drawn):
                 self._hessians[number][device] += layer.statistics_bytes
             self._kinds[number][device, replace(layer, name="")] += 1
-            # A layer's activations, and scaled ones for every group.
+            # A layer's activations, and those scaled for groups, or their squares.
             size = drawn.reads.get(layer.name, drawn.tokens) * layer.in_features
-            together = groups_at_a_time(layer.in_features, layer.num_groups)
+            together = groups_at_a_time(layer.in_features, layer.num_groups) if layer.statistics == "hessian" else 1
             self._taps[number] = max(self._taps[number], 4 * (1 + together) * size)
 
     def hessians(self, start: int, stop: int) -> Counter[torch.device]:

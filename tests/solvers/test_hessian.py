@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guidedquant.errors import HessianError
-from hf_guidedquant.solvers.hessian import condition
+from hf_guidedquant.solvers.hessian import _power_of_two, condition
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -206,3 +206,26 @@ def test_a_group_of_zeros_leaves_the_other_groups_their_hessian():
     assert note.fallback
     assert torch.equal(result[1], torch.eye(6))
     assert torch.equal(result[:1], condition(good, "layer")[0])
+
+
+@pytest.mark.parametrize("exponent", [-126, -60, 0, 1, 127])
+def test_peaks_are_powers_of_two_not_above(exponent):
+    found = _power_of_two(torch.tensor([1.0, 1.5, 2 - 2 * EPS]) * 2.0**exponent)
+    assert torch.equal(found, torch.full((3,), 2.0**exponent))
+    assert torch.equal(_power_of_two(torch.tensor([0.0, 2.0**-140])), torch.full((2,), 2.0**-126))
+
+
+@pytest.mark.gpu
+def test_peaks_on_a_gpu_that_is_not_the_current_one_are_waited_for():
+    """They must be computed behind what that GPU is busy with."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    there = torch.rand(3, device="cuda:1")
+    expected = _power_of_two(there)
+    for _ in range(3):
+        late = torch.full_like(there, 100.0)
+        torch.cuda.synchronize(1)
+        with torch.cuda.device(1):
+            torch.cuda._sleep(100_000_000)
+        late.copy_(there)
+        assert torch.equal(_power_of_two(late), expected)

@@ -52,7 +52,7 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
     full = statistics.dim() == 3
     diagonal = (statistics.diagonal(dim1=-2, dim2=-1) if full else statistics).clamp_min(0)
     # Divided by a power of two near the largest entry first (exact), so that sums stay in range for any scale.
-    peak = torch.ldexp(torch.ones_like(diagonal[..., 0]), diagonal.amax(dim=-1).frexp().exponent - 1)
+    peak = _power_of_two(diagonal.amax(dim=-1))
     diagonal = diagonal / peak.unsqueeze(-1)
     mean = diagonal.mean(dim=-1)
     scale = mean * peak
@@ -82,6 +82,14 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
         del found
         note = replace(note, damping=max(note.damping, damping))
     return hessian, note
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """The largest one that is not above x, fp32 and not negative; for what is smaller, the smallest normal number.
+
+    By its bits: with another GPU current, torch 2.11 ran a step of ``frexp`` and ``ldexp`` out of order.
+    """
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def cholesky(hessian: Tensor) -> tuple[Tensor, float] | None:

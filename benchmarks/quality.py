@@ -15,6 +15,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +65,7 @@ def main() -> None:
     found = {"machine": machine(device), "protocol": protocol(options), "full_precision": original}
     results = kept(output, found)
     done = {(result["bits"], result["method"], result["seed"]) for result in results}
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(options.statistics) if options.statistics else tempfile.TemporaryDirectory() as folder:
         for seed, bits, method in itertools.product(options.seeds, options.bits, options.methods):
             if (bits, method, seed) not in done:
                 results.append(cell(options, dense, tokenizer, texts, method, bits, seed, Path(folder)))
@@ -235,6 +236,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="tokens per evaluation window")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--statistics", help="folder to keep Hessians in for another run; default: none is kept")
     parser.add_argument(
         "--output", default="outputs/quality.json", help="JSON file to write; the picture lies beside it"
     )

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guided": True,
         "num_groups": 4,
         "reconstruct": True,
-        "distill": {"epochs": 3, "learning_rate": 0.01},
+        "distill": {"epochs": 3, "learning_rate": 0.005},
     },
 }
 
@@ -106,9 +106,9 @@ class ReconstructSpec:
         ConfigError: A value is outside its range.
     """
 
-    epochs: int = 4
-    learning_rate: float = 0.02
-    latent_learning_rate: float = 0.03
+    epochs: int = 8
+    learning_rate: float = 0.01
+    latent_learning_rate: float = 0.01
     batch_tokens: int = 8192
     held_back: float = 1 / 16
 

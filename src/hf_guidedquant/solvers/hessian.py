@@ -87,7 +87,7 @@ def condition(statistics: Tensor, layer: str) -> tuple[Tensor, Conditioning]:
 def _power_of_two(x: Tensor) -> Tensor:
     """The largest one that is not above x, fp32 and not negative; for what is smaller, the smallest normal number.
 
-    By its bits: with another GPU current, torch 2.11 ran a step of ``frexp`` and ``ldexp`` out of order.
+    By its bits: with another GPU current, torch 2.11's ``ldexp`` reads what is not written yet, or fails.
     """
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_min(torch.finfo(torch.float32).tiny)
 

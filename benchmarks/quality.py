@@ -175,6 +175,7 @@ def with_spread(values: Sequence[float], digits: int) -> str:
 def picture(results: list[dict], original: dict[str, float], file: Path) -> None:
     """Perplexity against bits per weight, codebooks included: a line per method, a panel per text."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(6.5 * len(original), 4.5), layout="constrained")
     for panel, (text, full) in zip(figure.subplots(1, len(original), squeeze=False)[0], original.items(), strict=True):
@@ -187,6 +188,7 @@ def picture(results: list[dict], original: dict[str, float], file: Path) -> None
             panel.plot(*zip(*points, strict=True), marker="o", label=method)
         panel.axhline(full, color="black", linestyle=":", label="full precision")
         panel.set(yscale="log", xlabel="bits per weight", ylabel="perplexity", title=text)
+        panel.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
         panel.legend()
     figure.savefig(file, dpi=120)
 

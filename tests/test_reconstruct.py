@@ -19,7 +19,7 @@ from hf_guidedquant.nn import LatentLinear, quantized_modules
 from hf_guidedquant.training import Divergence, reconstruction, teacher_states
 from hf_guidedquant.training.steps import Steps
 
-GENTLE = {"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
+GENTLE = {"batch_tokens": 64, "epochs": 8, "learning_rate": 0.02, "latent_learning_rate": 0.01}
 PROMPT = torch.arange(2, 20)[None]
 # Rows of two lengths; they come twice, so that some that are held back are known.
 ROWS = (token_rows(4) + token_rows(4, length=20, seed=1)) * 2

@@ -70,9 +70,8 @@ def test_the_same_seed_gives_the_same_trained_codebooks(dtype):
 def test_the_same_seed_gives_the_same_reconstructed_blocks(dtype, home):
     """Also with weights that wait on the CPU and are on the GPU for their block's turn only."""
     dense = tiny_model().to(home, dtype)
-    settings = config(
-        dataset=token_rows(4) * 2, reconstruct={"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
-    )
+    training = {"batch_tokens": 64, "epochs": 8, "learning_rate": 0.02, "latent_learning_rate": 0.01}
+    settings = config(dataset=token_rows(4) * 2, reconstruct=training)
     first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), settings) for _ in range(2))
     assert any(block.kept for block in first.quantization_report.reconstruction.blocks)
     assert first.device.type == home

@@ -219,12 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", default="builtin", help="text file or name of the calibration data")
     parser.add_argument("--texts", required=True, nargs="+", help="text files to measure on")
     parser.add_argument(
-        "--bits",
-        type=bits,
-        nargs="+",
-        default=["2", "3", "4"],
-        metavar="BITS",
-        help="like 2 or, as a mean, 2.5",
+        "--bits", type=bits, nargs="+", default=["2", "3", "4"], metavar="BITS", help="like 2 or, as a mean, 2.5"
     )
     parser.add_argument(
         "--methods",

@@ -98,9 +98,12 @@ def test_a_wrong_setting_of_a_training_names_field_value_and_range(training, fie
     assert allowed in str(caught.value)
 
 
-def test_latent_weights_have_a_rate_of_their_own():
+def test_latent_weights_have_a_rate_and_a_decay_of_their_own():
     with pytest.raises(ConfigError, match=r"latent_learning_rate.*positive number up to 1"):
         GuidedQuantConfig(reconstruct={"latent_learning_rate": 0})
+    with pytest.raises(ConfigError, match=r"latent_decay.*a number from 0 to 1"):
+        GuidedQuantConfig(reconstruct={"latent_decay": 1.1})
+    assert GuidedQuantConfig(reconstruct={"latent_decay": 0}).reconstruct_spec.latent_decay == 0
 
 
 @pytest.mark.parametrize("training", SPECS)

@@ -5,6 +5,7 @@ import torch
 from test_trained_linear import EPS, float64_gradient, random_layer
 
 from hf_guidedquant.nn import LatentLinear
+from hf_guidedquant.training.steps import Steps
 from hf_guidedquant.triton_kernels import unpack_codes
 
 
@@ -63,7 +64,7 @@ def test_gradients_are_those_of_the_weight_and_of_the_codebook(bits):
     latent(x).backward(grad)
     straight = grad.double().T @ x.double()
     bound = 8 * EPS * (grad.double().abs().T @ x.double().abs())
-    assert ((latent.latent.grad - straight).abs() <= bound).all()
+    assert ((latent.shift.grad - straight).abs() <= bound).all()
     expected, magnitudes = float64_gradient(codes, grad, x, 2**bits)
     assert ((latent.codebook.grad - expected).abs() <= 47 * EPS * magnitudes).all()
 
@@ -72,7 +73,7 @@ def test_codes_follow_the_latent_weights_and_the_codebook():
     _, layer = random_layer(2, 33, 40)
     latent = LatentLinear(layer, weight_of(layer))
     generator = torch.Generator().manual_seed(2)
-    latent.latent.data += torch.randn(33, 40, generator=generator)
+    latent.shift.data += torch.randn(33, 40, generator=generator)
     latent.codebook.data += torch.randn(33, 4, generator=generator)
     latent.settle()
     assert (latent.codebook.diff(dim=-1) >= 0).all()
@@ -83,6 +84,22 @@ def test_codes_follow_the_latent_weights_and_the_codebook():
     # A latent weight in the middle between two codewords may have either.
     assert torch.allclose(found, nearest, rtol=0, atol=1e-6)
     assert torch.equal(latent(torch.eye(40)).T, back.dequantize(torch.float32) + layer.bias[:, None])
+
+
+def test_latent_weights_go_back_to_where_they_started():
+    """A decay of 1 undoes all steps but the last, so that a small one moves no code."""
+    _, layer = random_layer(2, 33, 40, bias=False)
+    latent = LatentLinear(layer, weight_of(layer, 0.1))
+    start = latent.latent.detach().clone()
+    for decay, distance in ((0.0, 30.0), (1.0, 1.0)):
+        latent.shift.data.zero_()
+        steps = Steps(
+            lambda x: latent(x).sum(), [{"params": [latent.shift], "largest": 0.01, "decay": decay}], eps=1e-20
+        )
+        for _ in range(30):
+            steps.add([torch.ones(1, 40)])
+            steps.step(1.0)
+        assert torch.allclose(start - latent.latent, torch.full_like(start, 0.01 * distance), rtol=1e-3, atol=1e-6)
 
 
 def test_training_does_not_touch_the_solved_layer():

@@ -1,4 +1,4 @@
-"""Training steps: AdamW on clipped means, bad gradients left out, the same numbers from CUDA graphs."""
+"""Training steps: AdamW on clipped means, with decay, bad gradients left out, the same numbers from CUDA graphs."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def summed(found):
 
 def trained(device, clip, graphs=False, rows=None):
     found = parameters(device)
-    groups = [{"params": [p], "largest": 0.1 * (i + 1)} for i, p in enumerate(found)]
+    groups = [{"params": [p], "largest": 0.1 * (i + 1), "decay": 0.3 * i} for i, p in enumerate(found)]
     steps = Steps(summed(found), groups, clip=clip, graphs=graphs)
     for number, batch in enumerate(rows or data()):
         steps.add(batch)
@@ -41,7 +41,8 @@ def test_steps_are_those_of_adamw_in_float64(clip):
     """Six steps of at most 0.1 and 0.2, of which rounding spoils a small part."""
     found, total = trained("cpu", clip)
     expected = [nn.Parameter(p.detach().double()) for p in parameters()]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in expected], betas=(0.9, 0.95), weight_decay=0.0)
+    groups = [{"params": [p], "weight_decay": decay} for p, decay in zip(expected, (0.0, 0.3 / 0.2), strict=True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = []
     for number, batch in enumerate(data()):
         loss = summed(expected)(torch.stack(batch))
@@ -73,6 +74,21 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_left_out(value):
     steps.add([torch.tensor([1.0, 2.0])])
     steps.step(1.0)
     assert all(torch.allclose(parameter, torch.full((2, 4), 0.9)) for parameter in (first, second))
+
+
+def test_decay_is_relative_to_the_largest_step():
+    """Without a gradient a step does nothing else; half a step takes half as much."""
+    first, second, still = (nn.Parameter(torch.ones(4)) for _ in range(3))
+    groups = [
+        {"params": [first], "largest": 1e-3, "decay": 0.2},
+        {"params": [second], "largest": 10.0, "decay": 0.2},
+        {"params": [still], "largest": 0.0, "decay": 0.2},
+    ]
+    steps = Steps(lambda x: (x.sum() * 0 * (first + second + still)).sum(), groups)
+    steps.add([torch.ones(1)])
+    steps.step(0.5)
+    assert all(torch.allclose(parameter, torch.full((4,), 0.9)) for parameter in (first, second))
+    assert torch.equal(still, torch.ones(4))
 
 
 def test_what_is_tried_out_is_forgotten():

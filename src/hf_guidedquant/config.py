@@ -98,6 +98,8 @@ class ReconstructSpec:
         learning_rate: Largest step of AdamW for codebooks, in units of a layer's mean distance between neighbouring
             codewords. Positive, at most 1.
         latent_learning_rate: The same for the latent weights that the codes follow.
+        latent_decay: Share of the way back to where they started that latent weights go beside a step of the largest
+            size. 0-1.
         batch_tokens: Tokens per step, about. 1-16,777,216.
         held_back: Share of the rows that is not trained on, but tells whether a block is better than it was; a row at
             least. Positive, at most 0.5.
@@ -107,14 +109,16 @@ class ReconstructSpec:
     """
 
     epochs: int = 8
-    learning_rate: float = 0.01
-    latent_learning_rate: float = 0.01
+    learning_rate: float = 0.005
+    latent_learning_rate: float = 0.02
+    latent_decay: float = 0.02
     batch_tokens: int = 8192
     held_back: float = 1 / 16
 
     def __post_init__(self) -> None:
         _check_training("reconstruct", self)
         _check_positive("reconstruct['latent_learning_rate']", self.latent_learning_rate, 1)
+        _check_share("reconstruct['latent_decay']", self.latent_decay, 1)
 
 
 def _with_presets(cls: Any) -> Any:

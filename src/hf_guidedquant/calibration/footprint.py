@@ -105,8 +105,9 @@ class Footprint:
             row = self.outline.block_bytes(number)
             for device in {device for device, _ in self._kinds[number]}:
                 sizes = [layer.weights for layer in layers]
-                # A latent weight, its gradient and the two moments of that; its code and codeword.
-                kept = (16 + 1 + itemsize) * sum(sizes)
+                # Where a latent weight starts, how far it has moved, the gradient and its two moments; its code and
+                # codeword.
+                kept = (20 + 1 + itemsize) * sum(sizes)
                 # Codes on the way to codewords, one layer at a time.
                 need = self._moved[device] + self._block_moved[number][device] + kept + 16 * max(sizes) + rows * row
                 found[device] = max(found[device], need)

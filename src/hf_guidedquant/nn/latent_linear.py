@@ -20,7 +20,8 @@ class LatentLinear(nn.Module):
 
     Gradients go straight through to the latent numbers. They start where the original weights are, but not outside of
     the inner half of what is nearest to the weight's own codeword: so the layer starts as it was solved, with
-    codes that are not the nearest included. An overlay stays as it is; the latent numbers are what it leaves of the
+    codes that are not the nearest included. How far they have moved is the parameter, so that an optimizer's weight
+    decay draws them back to where they started. An overlay stays as it is; the latent numbers are what it leaves of the
     weights.
 
     Args:
@@ -29,7 +30,8 @@ class LatentLinear(nn.Module):
 
     Attributes:
         codebook: fp32 ``[out_features, 2**bits]``, ascending.
-        latent: fp32 ``[out_features, in_features]``.
+        start: Where the latent numbers start, fp32 ``[out_features, in_features]``.
+        shift: How far each has moved, of the same shape.
     """
 
     def __init__(self, layer: GuidedLinear, weight: Tensor) -> None:
@@ -44,13 +46,20 @@ class LatentLinear(nn.Module):
         own = codebook.gather(1, codes)
         low, high = (own + _REACH * (borders.gather(1, codes + side) - own) for side in (0, 1))
         self.codebook = nn.Parameter(codebook.clone())
-        self.latent = nn.Parameter(torch.minimum(torch.maximum(weight, low), high).contiguous())
+        self.register_buffer("start", torch.minimum(torch.maximum(weight, low), high).contiguous(), persistent=False)
+        self.start: Tensor
+        self.shift = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]``, in the dtype of mixed precision, else in x's."""
         x = multiplied(x)
         weight = _Nearest.apply(self.latent, self.codebook, self.lut_dtype, x.dtype, *self.overlay.values())
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    @property
+    def latent(self) -> Tensor:
+        """The latent numbers as they are now."""
+        return self.start + self.shift
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -68,7 +77,7 @@ class LatentLinear(nn.Module):
         codes = _codes(self.latent.detach(), lut.float())
         planes = pack_codes(codes.to(torch.uint8), self.bits)
         tensors = {"weight": planes, "lut": lut, **self.overlay}
-        return GuidedLinear.from_tensors(tensors, self.latent.shape[1], self.bias)
+        return GuidedLinear.from_tensors(tensors, self.start.shape[1], self.bias)
 
 
 def _with_overlay(weight: Tensor, *overlay: Tensor, sign: int = 1) -> Tensor:

@@ -179,9 +179,12 @@ class _Block:
     ) -> None:
         spec = self.spec
         groups = [
-            {"params": [parameter], "largest": step * layer.spacing}
+            {"params": [parameter], "largest": step * layer.spacing, "decay": decay}
             for layer in layers
-            for parameter, step in ((layer.codebook, spec.learning_rate), (layer.latent, spec.latent_learning_rate))
+            for parameter, step, decay in (
+                (layer.codebook, spec.learning_rate, 0.0),
+                (layer.shift, spec.latent_learning_rate, spec.latent_decay),
+            )
         ]
 
         def settle() -> None:
@@ -278,7 +281,7 @@ def _in_their_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> Itera
 @contextmanager
 def _only_these(model: nn.Module, layers: Sequence[LatentLinear]) -> Iterator[None]:
     """Gradients of the layers' codebooks and latent numbers only."""
-    trained = {id(parameter) for layer in layers for parameter in (layer.codebook, layer.latent)}
+    trained = {id(parameter) for layer in layers for parameter in (layer.codebook, layer.shift)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
     try:
         for parameter in others:

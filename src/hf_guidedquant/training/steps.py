@@ -15,7 +15,8 @@ class Steps:
 
     Args:
         loss: ``(*inputs) -> `` the sum over rows that go through the model together, fp32 or fp64.
-        groups: Parameter groups, each with the ``largest`` step that its parameters take.
+        groups: Parameter groups, each with the ``largest`` step that its parameters take, and perhaps with ``decay``,
+            the share of themselves that they lose beside a step of that size.
         clip: Norm that the gradient of all parameters together is shortened to; None for as it is.
         eps: AdamW's.
         after: What is done after every step.
@@ -38,9 +39,11 @@ class Steps:
         rates = [torch.zeros((), device=self._device) for _ in groups]
         self._largest = torch.tensor([group["largest"] for group in groups], device=self._device)
         self._optimizer: Any = torch.optim.AdamW(
-            [{"params": group["params"], "lr": rate} for group, rate in zip(groups, rates, strict=True)],
+            [
+                {"params": group["params"], "lr": rate, "weight_decay": _weight_decay(group)}
+                for group, rate in zip(groups, rates, strict=True)
+            ],
             betas=(0.9, 0.95),
-            weight_decay=0.0,
             eps=eps,
             fused=True,
             capturable=self._device.type == "cuda",
@@ -100,6 +103,11 @@ class Steps:
         self._optimizer.step()
         torch._foreach_zero_(self._gradients)
         self._after()
+
+
+def _weight_decay(group: dict[str, Any]) -> float:
+    """What AdamW multiplies with the size of a step."""
+    return group.get("decay", 0.0) / group["largest"] if group["largest"] else 0.0
 
 
 def _backward(loss: Callable[..., Tensor], total: Tensor, *inputs: Tensor) -> None:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Rows to expand at a time, beside many tokens: enough for a good dense product, and most of them still in the L2 then.
 _DENSE_ROWS = 4096
+# For more tokens an overlay is faster added to expanded rows than multiplied by itself.
+_SPARSE_TOKENS = 64
 
 
 def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay = None) -> Tensor:
@@ -28,7 +30,7 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
     y = result.view(-1, rows)
     config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     with launching_on(x.device):
-        if config is None:
+        if config is None or (overlay is not None and flat.shape[0] > _SPARSE_TOKENS):
             linear_by_chunks(flat, tiles, lut, bias, y, overlay)
         else:
             launch(_aligned(flat), tiles, lut, bias, y, config)

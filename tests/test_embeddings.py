@@ -458,3 +458,21 @@ def test_adapters_beside_quantized_embeddings(architecture):
     assert [n for n, p in model.named_parameters() if p.grad is not None and p.grad.any() and "lm_head" in n]
     with pytest.raises(AdapterError, match="Quantized embeddings take no adapters"):
         adapted(["q_proj", "embed_tokens"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", *TIED])
+def test_quantized_saved_and_loaded_on_a_gpu(architecture, dtype, tmp_path):
+    tiny_model(architecture).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=dtype, device_map="cuda:0", quantization_config=config()
+    )
+    model.save_pretrained(tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cuda:0")
+    assert isinstance(again.get_input_embeddings(), GuidedEmbedding)
+    assert torch.equal(logits(again), logits(model))
+    elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").state_dict()
+    state = again.state_dict()
+    assert state.keys() == elsewhere.keys()
+    assert all(torch.equal(tensor.cpu(), elsewhere[name]) for name, tensor in state.items())

@@ -1,6 +1,7 @@
 """A run that is killed goes on, and ends with the same bytes; whatever would not, is refused by name."""
 
 import errno
+import importlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from hf_guidedquant.calibration import Relay
 from hf_guidedquant.errors import FolderMismatchError, FolderUnusableError
 from hf_guidedquant.fingerprint import environment
 from hf_guidedquant.layer_folder import LayerFolder
+from hf_guidedquant.plan import plan_layers
 
 # Three layers in two batches: gate_proj with up_proj, and down_proj.
 FEW = {"modules_to_not_convert": ["self_attn", "layers.1"]}
@@ -223,6 +225,17 @@ def test_memory_may_change_between_the_processes(little_first, tmp_path, monkeyp
     )
     assert saved(quantize(tmp_path / "run", max_memory=second), tmp_path / "model") == expected
     assert [len(batch) for batch in solved] == ([2, 2, 2, 1, 2, 2, 1] if little_first else [4, 4, 4, 2])
+
+
+def test_kinds_of_layers_take_turns(monkeypatch):
+    """A quarter of the batches holds a quarter of every kind, whatever kinds come first in the model."""
+    monkeypatch.setattr(importlib.import_module("hf_guidedquant.plan"), "_BATCH_BYTES_CPU", 1)
+    model = tiny_model(blocks=4)
+    found = solving.batches(model, plan_layers(model, config()).layers)
+    shapes = [(layer.out_features, layer.in_features) for (layer,) in found]
+    assert len(shapes) == 28
+    quarters = [sorted(shapes[start : start + 7]) for start in range(0, 28, 7)]
+    assert quarters[0] == quarters[1] == quarters[2] == quarters[3]
 
 
 def test_a_finished_run_needs_neither_a_pass_nor_a_solver(undisturbed, tmp_path, monkeypatch):

@@ -35,7 +35,13 @@ def size_of(model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_groups": 1}, {"guided": False}, *({"method": method} for method in METHODS if method != "lnq")],
+    [
+        {},
+        {"num_groups": 1},
+        {"guided": False},
+        {"output_curvature": True},
+        *({"method": method} for method in METHODS if method != "lnq"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -34,8 +34,7 @@ class Layers:
 
     def factors(self) -> Factors:
         hessians = self.hessian.split(self.groups)
-        each = [Factors.of(*pair, "layer") for pair in zip(self.curvature, hessians, strict=True)]
-        return Factors(torch.cat([one.outputs for one in each]), torch.cat([one.inputs for one in each]))
+        return Factors.together([Factors.of(*pair, "layer") for pair in zip(self.curvature, hessians, strict=True)])
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.view(self.layers, -1, tensor.shape[-1])[:, : self.outputs]

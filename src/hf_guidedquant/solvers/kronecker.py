@@ -16,6 +16,7 @@ eigenvalue of the chunk's part of G, of unit diagonal, the joint objective canno
 s starts at 1, grows where the joint objective rose, and what made it rise is taken back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +58,13 @@ class Factors:
             normal = curvature / size.to(curvature.dtype)
             normal.diagonal().add_(_DAMPING)
         return cls(normal.unsqueeze(0), condition(mean.unsqueeze(0), layer)[0])
+
+    @classmethod
+    def together(cls, layers: Sequence["Factors"]) -> "Factors":
+        """Those of all layers."""
+        if len(layers) == 1:
+            return layers[0]
+        return cls(torch.cat([layer.outputs for layer in layers]), torch.cat([layer.inputs for layer in layers]))
 
 
 def refine(

@@ -80,8 +80,8 @@ class LayerPlan:
         solving = solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers) + waiting
         if not self.output_curvature:
             return max(solving, conditioning)
-        # The Hessian of all outputs is there besides, and one layer's curvature at a time is made fit. Of several layers
-        # both factors are there once more while they are put together.
+        # The Hessian of all outputs is there besides, and one layer's curvature at a time is made fit. Both are there
+        # once more while those of several layers are put together.
         besides = 4 * count * self.in_features**2
         refining = refining_memory(count, self.out_features, self.in_features)
         return max(solving + besides, refining, conditioning + 4 * self.out_features**2)

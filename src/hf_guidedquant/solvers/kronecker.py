@@ -221,9 +221,9 @@ def memory(layers: int, outputs: int, inputs: int) -> int:
     """Bytes at the worst moment, the factors and weights included."""
     weights = layers * outputs * inputs
     chunk = layers * -(-outputs // _CHUNKS)
-    # Errors, codes before and after, and their indices on the way to weights; or a chunk as LNQ has it, and its rows
+    # Errors, codes before and after, and besides the products with both factors, or a chunk as LNQ has it and its rows
     # of G.
-    work = max(14 * weights, 6 * weights + chunk * (60 * inputs + 8 * outputs))
+    work = max(18 * weights, 6 * weights + chunk * (60 * inputs + 8 * outputs))
     return 4 * weights + 4 * layers * outputs**2 + 10 * layers * inputs**2 + work
 
 

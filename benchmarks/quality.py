@@ -40,6 +40,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "LNQ": {"method": "lnq", "guided": False, "lnq_sweeps": 0},
     "LNQ + guided": {"method": "lnq", "guided": True, "lnq_sweeps": 0},
     "sweep + LNQ + guided": {"method": "lnq", "guided": True},
+    "curvature + sweep + LNQ + guided": {"method": "lnq", "guided": True, "output_curvature": True},
     "SqueezeLLM + 0.45% sparse": {"method": "squeezellm", "outliers": 0.0045},
     "LNQ + 0.45% sparse": {"method": "lnq", "guided": False, "lnq_sweeps": 0, "outliers": 0.0045},
     "LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "lnq_sweeps": 0, "outliers": 0.0045},

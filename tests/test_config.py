@@ -30,6 +30,7 @@ def test_a_mean_number_of_bits_needs_losses_that_can_be_compared(others):
         ("method", "awq"),
         ("guided", 1),
         ("assistant_only_loss", "assistant"),
+        ("output_curvature", 1),
         ("num_groups", 0),
         ("num_groups", 1025),
         ("lnq_sweeps", -1),
@@ -71,6 +72,18 @@ def test_a_wrong_value_names_field_value_and_range(field, value):
 def test_assistant_only_loss_needs_a_loss():
     with pytest.raises(ConfigError, match="assistant_only_loss = True is not allowed; it must be False without guided"):
         GuidedQuantConfig(assistant_only_loss=True, guided=False)
+
+
+@pytest.mark.parametrize("others", [{"guided": False}, {"method": "squeezellm"}, {"preset": "fast"}], ids=str)
+def test_output_curvature_needs_gradients_and_lnq(others):
+    with pytest.raises(ConfigError, match="output_curvature = True is not allowed; it must be False without guided"):
+        GuidedQuantConfig(output_curvature=True, **others)
+
+
+def test_a_saved_config_without_output_curvature_is_one_of_before():
+    saved = GuidedQuantConfig(bits=2, modules={"layer": {"bits": 2}}).to_dict()
+    assert saved.pop("output_curvature") is False
+    assert GuidedQuantConfig.from_dict(saved).output_curvature is False
 
 
 SPECS = {"reconstruct": ReconstructSpec, "distill": DistillSpec}

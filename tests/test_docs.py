@@ -112,7 +112,7 @@ def test_the_settings_table_gives_the_real_defaults():
     rows = re.findall(r"^\| (`.*?`) \| (.*?) \|", text_of("README.md"), re.MULTILINE)
     defaults = {field: default for fields, default in rows for field in re.findall(r"`(\w+)`", fields)}
     config = GuidedQuantConfig()
-    single = ("bits", "method", "guided", "num_groups", "dataset", "assistant_only_loss", "distill")
+    single = ("bits", "method", "guided", "num_groups", "output_curvature", "dataset", "assistant_only_loss", "distill")
     for field in (*single, "cache_dequantized", "fuse_layers"):
         assert ast.literal_eval(defaults[field].strip("`")) == getattr(config, field), field
     assert defaults["num_samples"] == f"{config.num_samples}, {config.seq_len}, {config.seed}"

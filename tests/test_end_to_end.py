@@ -244,6 +244,27 @@ def test_report_and_card_lie_beside_the_model(llama, tmp_path):
         hf_guidedquant.save(model, tmp_path / "m")
 
 
+@pytest.mark.parametrize("outliers", [0.0, 0.02])
+def test_outputs_bettered_together_are_saved_and_reported(llama, outliers, tmp_path):
+    dense = copy.deepcopy(llama)
+    changes = {"output_curvature": True, "outliers": outliers, "overrides": {"o_proj": {"method": "squeezellm"}}}
+    model = hf_guidedquant.quantize(llama, config(**changes))
+    plain = hf_guidedquant.quantize(dense, config(**{**changes, "output_curvature": False}))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    assert again.config.quantization_config.output_curvature is True
+    reports = (each.quantization_report.layers for each in (model, plain))
+    for one, other in zip(*reports, strict=True):
+        if one.plan.name.endswith("o_proj"):
+            assert (one.joint_left, one.objectives) == (None, other.objectives)
+            continue
+        assert 0 < one.joint_left < 1 and other.joint_left is None
+        assert [*one.objectives][:3] == ["kmeans", "lnq", "curvature"]
+        assert one.objectives["lnq"] == other.objectives["lnq"]
+    assert "output curvature: the joint error" in model.quantization_report.table()
+
+
 def test_a_users_readme_is_kept(llama, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     hf_guidedquant.quantize(llama, config()).save_pretrained(tmp_path)

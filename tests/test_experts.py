@@ -226,6 +226,40 @@ def test_experts_with_few_tokens_borrow_what_they_lack():
             assert torch.linalg.eigvalsh(statistics.hessian)[0, 0] > 0
 
 
+def test_curvatures_are_borrowed_too_the_other_way_round():
+    """Hidden units are an expert's own outputs on the way up, and all experts write one space on the way down."""
+    model = mixture()
+    unfuse(model)
+    experts = next(iter(unfused_experts(model)))
+    generator = torch.Generator().manual_seed(0)
+    tokens, found, before = [0, 3, 200, 31, 100], {}, {}
+    shapes = {"gate_up_proj": (32, 48), "down_proj": (24, 32)}
+    for part, (inputs, outputs) in shapes.items():
+        for number, count in enumerate(tokens):
+            x, grad = (torch.randn(count, size, generator=generator) for size in (inputs, outputs))
+            statistics = LayerStatistics.empty(
+                (1, inputs, inputs), torch.device("cpu"), curvature_shape=(outputs, outputs)
+            )
+            statistics.add(x, torch.ones(count, 1), torch.tensor(True), grad)
+            found[f"{experts}.{number}.{part}"] = statistics
+            before[f"{experts}.{number}.{part}"] = statistics.curvature.double().clone()
+    lend(model, found)
+    for part, (inputs, outputs) in shapes.items():
+        mean = sum(before[f"{experts}.{number}.{part}"] for number in range(5)) / sum(tokens)
+        if part == "gate_up_proj":
+            mean = torch.eye(outputs, dtype=torch.float64) * mean.diagonal().mean()
+        for number, count in enumerate(tokens):
+            name = f"{experts}.{number}.{part}"
+            expected = before[name] + max(0, inputs - count) * mean
+            torch.testing.assert_close(found[name].curvature.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_an_expert_without_tokens_knows_the_size_of_its_gradients_only():
+    model = hf_guidedquant.quantize(mixture("gpt-oss"), config(method="lnq", output_curvature=True))
+    layers = [layer for layer in model.quantization_report.layers if ".experts." in layer.plan.name]
+    assert len(layers) == 8 and all(0 < layer.joint_left <= 1 for layer in layers)
+
+
 def test_borrowed_diagonals_are_the_diagonals_of_what_hessians_borrow():
     model = mixture()
     unfuse(model)

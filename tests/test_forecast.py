@@ -35,7 +35,13 @@ def size_of(model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_groups": 1}, {"guided": False}, *({"method": method} for method in METHODS if method != "lnq")],
+    [
+        {},
+        {"num_groups": 1},
+        {"guided": False},
+        {"output_curvature": True},
+        *({"method": method} for method in METHODS if method != "lnq"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -234,6 +240,8 @@ def test_more_work_takes_more_time():
     assert all(many[stage] > 5 * few[stage] > 0 for stage in ("reconstruction", "distillation"))
     few, many = (seconds(lnq_sweeps=n) for n in (0, 100))
     assert many["solving"] > 3 * few["solving"] > 0
+    few, many = (seconds(output_curvature=wanted) for wanted in (False, True))
+    assert many["solving"] > 1.5 * few["solving"]
     # Widths are chosen by another pass over the rows.
     few, many = (seconds(bits=2.5, num_samples=n) for n in (8, 8000))
     assert many["data"] > 5 * few["data"] > 0

@@ -15,6 +15,8 @@ from hf_guidedquant.calibration import LayerStatistics, Outline, Relay, gram
 from hf_guidedquant.linears import is_linear
 from hf_guidedquant.nn import codebook_gradient
 from hf_guidedquant.resources import reproducible
+from hf_guidedquant.solvers import Factors, SolverSpec, solve
+from hf_guidedquant.solvers.hessian import condition
 
 pytestmark = pytest.mark.gpu
 
@@ -142,6 +144,38 @@ def test_products_on_tensor_cores_are_those_of_the_rounded_factors(size, dtype):
             assert torch.equal(total, total.mT)
             assert ((total - exact).abs() <= bound).all()
         assert statistics.bad_rows == 0
+
+
+def test_outputs_together_do_as_well_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 50, 160, generator=generator)
+    x = torch.randn(4, 500, 160, generator=generator) @ torch.randn(4, 160, 160, generator=generator)
+    grads = torch.randn(2, 400, 99, generator=generator) @ torch.randn(2, 99, 99, generator=generator)
+    left = {}
+    for device in ("cpu", "cuda"):
+        hessians = (x.mT @ x).to(device).split(2)
+        factors = [
+            Factors.of(grad.mT @ grad, hessian, "layer")
+            for grad, hessian in zip(grads.to(device), hessians, strict=True)
+        ]
+        hessian = torch.cat([condition(each, "layer")[0] for each in hessians])
+        with reproducible():
+            solution = solve("lnq", weight.to(device), hessian, SolverSpec(2), Factors.together(factors))
+        left[device] = solution.joint_left.cpu()
+    # Two groups of 50 and 49 rows each; other rounding decides between codes that are almost as good.
+    assert (left["cuda"] < 0.5).all()
+    torch.testing.assert_close(left["cuda"], left["cpu"], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_are_multiplied_on_tensor_cores_as_they_are(dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, grad = (torch.randn(300, size, device="cuda", generator=generator).to(dtype) for size in (64, 200))
+    statistics = LayerStatistics.empty((1, 64, 64), torch.device("cuda"), curvature_shape=(200, 200))
+    statistics.add(x, torch.ones(300, 1, device="cuda"), torch.ones((), dtype=torch.bool, device="cuda"), grad)
+    exact = grad.double().mT @ grad.double()
+    bound = 302 * torch.finfo(torch.float32).eps * (grad.abs().double().mT @ grad.abs().double())
+    assert ((statistics.curvature.tril() - exact.tril()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("guided", [True, False])

@@ -22,6 +22,8 @@ def lost():
         "plain": {"guided": False},
         "guided": {"guided": True},
         "guided 3 bits": {"bits": 3},
+        "curvature": {"output_curvature": True},
+        "curvature 3 bits": {"bits": 3, "output_curvature": True},
         "squeezellm, sparse": {"method": "squeezellm", "outliers": 0.0045},
         "guided, sparse": {"outliers": 0.0045},
     }.items():
@@ -47,6 +49,11 @@ def test_the_order_of_methods(lost):
 
 def test_another_bit_loses_less(lost):
     assert lost["guided"] > 2 * lost["guided 3 bits"]
+
+
+def test_outputs_that_know_of_each_other_lose_less(lost):
+    assert lost["curvature"] < 0.9 * lost["guided"]
+    assert lost["curvature 3 bits"] < 0.75 * lost["guided 3 bits"]
 
 
 def test_outliers_beside_the_codes_lose_less(lost):

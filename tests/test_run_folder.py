@@ -277,6 +277,7 @@ def test_rtn_needs_no_data_and_is_kept_too(tmp_path):
         ({"num_groups": 4}, "num_groups was 3, is 4"),
         ({"lnq_iterations": 2}, "lnq_iterations was 1, is 2"),
         ({"lnq_cycles": 2}, "lnq_cycles was 4, is 2"),
+        ({"output_curvature": True}, "output_curvature was False, is True"),
         ({"kmeans_iterations": 2}, "kmeans_iterations was 50, is 2"),
         ({"modules_to_not_convert": ["self_attn"]}, r"modules_to_not_convert was \['self_attn', 'layers.1'\], is \["),
         ({"overrides": {"up_proj": {"bits": 4}}}, r"0\.mlp\.up_proj was 2 bits by lnq, is 4 bits by lnq"),

@@ -78,6 +78,26 @@ def test_what_a_method_did_not_need_is_added_later(tmp_path, collected):
         assert len(collected) == number, method
 
 
+def test_the_curvature_of_outputs_is_added_later(tmp_path, collected):
+    expected = {wanted: saved(quantize(None, output_curvature=wanted), tmp_path / "model") for wanted in (False, True)}
+    for wanted, number in ((False, 1), (True, 1), (False, 0), (True, 0)):
+        collected.clear()
+        model = quantize(tmp_path / "statistics", output_curvature=wanted)
+        assert saved(model, tmp_path / "model") == expected[wanted]
+        assert len(collected) == number, wanted
+    assert expected[True]["model.safetensors"] != expected[False]["model.safetensors"]
+
+
+def test_kept_curvatures_serve_other_bits(tmp_path, collected):
+    quantize(tmp_path / "statistics", output_curvature=True)
+    for changes in ({"bits": 3}, {"method": "squeezellm", "output_curvature": False}):
+        collected.clear()
+        changes = {"output_curvature": True, **changes}
+        model = saved(quantize(tmp_path / "statistics", **changes), tmp_path / "model")
+        assert not collected
+        assert model == saved(quantize(None, **changes), tmp_path / "model"), changes
+
+
 def test_only_layers_that_are_missing_are_watched(kept, tmp_path, collected):
     shutil.copytree(kept, tmp_path / "statistics")
     gone, damaged, *others = layer_files(tmp_path / "statistics")

@@ -137,9 +137,12 @@ def quantized_by(processes, tmp_path, method="lnq", **extra):
     return folder, [torch.load(folder / f"state{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize(("method", "segments"), [("lnq", 1), ("lnq", 2), ("squeezellm", 1)])
-def test_two_processes_quantize_as_one(method, segments, tmp_path):
-    extra = {}
+@pytest.mark.parametrize(
+    ("method", "segments", "curvature"),
+    [("lnq", 1, False), ("lnq", 2, False), ("lnq", 1, True), ("squeezellm", 1, False)],
+)
+def test_two_processes_quantize_as_one(method, segments, curvature, tmp_path):
+    extra = {"output_curvature": curvature}
     if segments == 2:
         config = GuidedQuantConfig(bits=3, num_groups=2, method=method, seq_len=33)
         config.max_memory = extra["max_memory"] = 1.01 * memory_for(tiny_model(), config)

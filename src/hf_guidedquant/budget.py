@@ -89,7 +89,7 @@ def undecided(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Pl
 
 def diagonal_only(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers as they are for the prediction."""
-    return [replace(layer, method="squeezellm") for layer in layers]
+    return [replace(layer, method="squeezellm", output_curvature=False) for layer in layers]
 
 
 def _diagonals(

@@ -25,6 +25,7 @@ _PLAN_FIELDS = (
     "method",
     "guided",
     "num_groups",
+    "output_curvature",
     "outliers",
     "num_samples",
     "seq_len",

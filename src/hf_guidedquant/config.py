@@ -51,6 +51,7 @@ PERSISTED = (
     "method",
     "guided",
     "num_groups",
+    "output_curvature",
     "lnq_sweeps",
     "lnq_iterations",
     "lnq_cycles",
@@ -158,6 +159,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
             outputs need not divide by it.
+        output_curvature: After LNQ, better all outputs of a layer together, by how their errors depend on each other in
+            the end loss. Costs ``outputs**2`` fp32 numbers per layer beside its Hessians, and one more product of the
+            gradients with themselves. Needs ``guided`` and the method ``"lnq"``; layers with another method in
+            ``overrides`` and the output head do without.
         lnq_sweeps: GPTQ sweeps that LNQ starts with, each followed by a codebook update. The paper has none. 0-100.
         lnq_iterations: Codebook updates of LNQ, each followed by assignment cycles (``T`` in the paper). 0-100.
         lnq_cycles: Coordinate-descent cycles over all inputs per assignment phase. 1-100.
@@ -218,6 +223,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
     method: str = "lnq"
     guided: bool = True
     num_groups: int = 1
+    output_curvature: bool = False
     lnq_sweeps: int = 3
     lnq_iterations: int = 2
     lnq_cycles: int = 4
@@ -268,6 +274,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         _check_int("seq_len", self.seq_len, 2, 2**20)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         _check_bool("guided", self.guided)
+        _check_bool("output_curvature", self.output_curvature)
+        if self.output_curvature and not (self.guided and self.method == "lnq"):
+            raise ConfigError("output_curvature", True, 'False without guided, and with another method than "lnq"')
         _check_bool("assistant_only_loss", self.assistant_only_loss)
         if self.assistant_only_loss and not self.guided:
             raise ConfigError("assistant_only_loss", True, "False without guided, where no loss is looked at")

@@ -15,6 +15,7 @@ from .experts import routers
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, scaled_rows, stored_weight, vocabulary_layers
 from .solvers import SOLVERS
+from .solvers.kronecker import memory as refining_memory
 from .solvers.outliers import memory as solver_memory
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class LayerPlan:
         bits, method: Settings after overrides.
         num_groups: Groups of outputs that share a Hessian; 1 unless the objective is guided.
         outliers: Weights of every row that are kept beside the codes.
+        output_curvature: Whether all outputs are bettered together after the method.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerPlan:
     method: str
     num_groups: int
     outliers: int = 0
+    output_curvature: bool = False
 
     @property
     def statistics(self) -> str:
@@ -53,13 +56,18 @@ class LayerPlan:
 
     @property
     def statistics_shape(self) -> tuple[int, ...]:
-        """Shape of the layer's fp32 statistics."""
+        """Shape of the layer's fp32 Hessians, or of their diagonals."""
         shape = (self.num_groups, self.in_features)
         return {"none": (0,), "diagonal": shape, "hessian": (*shape, self.in_features)}[self.statistics]
 
     @property
+    def curvature_shape(self) -> tuple[int, int] | None:
+        """Shape of the fp32 curvature of the layer's outputs; None if it is not needed."""
+        return (self.out_features, self.out_features) if self.output_curvature else None
+
+    @property
     def statistics_bytes(self) -> int:
-        return 4 * math.prod(self.statistics_shape)
+        return 4 * (math.prod(self.statistics_shape) + math.prod(self.curvature_shape or (0,)))
 
     def solver_bytes(self, count: int = 1) -> int:
         """Working memory for solving so many layers like this together, beside their statistics."""
@@ -70,16 +78,24 @@ class LayerPlan:
         conditioning = 12 * self.num_groups * self.in_features**2 if self.statistics == "hessian" else 0
         solver = SOLVERS[self.method]
         solving = solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers) + waiting
-        return max(solving, conditioning)
+        if not self.output_curvature:
+            return max(solving, conditioning)
+        # The Hessian of all outputs is there besides, and one layer's curvature at a time is made fit. Both are there
+        # once more while those of several layers are put together.
+        besides = 4 * count * self.in_features**2
+        refining = refining_memory(count, self.out_features, self.in_features)
+        return max(solving + besides, refining, conditioning + 4 * self.out_features**2)
 
     @property
     def rows_at_once(self) -> int:
-        """Outputs of a group that are solved together; none depends on another."""
-        return min(-(-self.out_features // self.num_groups), _MOST_ROWS)
+        """Outputs of a group that are solved together: all, if one depends on another."""
+        rows = -(-self.out_features // self.num_groups)
+        return rows if self.output_curvature else min(rows, _MOST_ROWS)
 
     def batch_size(self, device: torch.device) -> int:
         """How many layers like this are solved together at most."""
         work = 4 * (6 * self.weights + 3 * self.num_groups * self.in_features**2)
+        work += 3 * 4 * math.prod(self.curvature_shape or (0,))
         return max(1, (_BATCH_BYTES_CPU if device.type == "cpu" else _BATCH_BYTES_GPU) // work)
 
     @property
@@ -246,6 +262,8 @@ def _layer(name: str, module: nn.Module, config: GuidedQuantConfig, vocabulary: 
     if isinstance(module, nn.Embedding) and SOLVERS[settings["method"]].statistics != "none":
         # Nothing is multiplied with the rows, so there is no Hessian.
         settings["method"] = "kmeans"
+    # A vocabulary squared is too many numbers.
+    settings["output_curvature"] = config.output_curvature and settings["method"] == "lnq" and not vocabulary
     layer = LayerPlan(name, out_features, in_features, **settings, num_groups=groups)
     saving = [bits for bits in range(1, 9) if replace(layer, bits=bits).packed_bytes < 2 * layer.weights]
     if vocabulary and layer.bits not in saving:

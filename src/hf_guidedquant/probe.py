@@ -13,7 +13,7 @@ from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
 from .nn import sums_by_code
 from .plan import LayerPlan
 from .resources import reproducible
-from .solvers import SolverSpec, solve
+from .solvers import Factors, SolverSpec, solve
 from .solvers.hessian import condition
 from .solving import solver_work
 from .training import held_back, stack_size
@@ -75,6 +75,8 @@ def calibration_seconds(
         total += machine.seconds(0, activations + 2 * layer.statistics_bytes)
         if layer.statistics == "hessian":
             total += machine.seconds(int(2 * _GRAM_SHARE * read * layer.num_groups * layer.in_features**2), 0)
+        if layer.output_curvature:
+            total += machine.seconds(int(2 * _GRAM_SHARE * read * layer.out_features**2), 0)
     return rows * total
 
 
@@ -135,9 +137,9 @@ def _weight_gradients(machine: Machine, drawn: Outline, layers: Sequence[LayerPl
 def solving_seconds(layers: Sequence[LayerPlan], config: GuidedQuantConfig, device: torch.device) -> float:
     """Of all layers, from a batch of each method and bit width that is no larger than it has to be."""
     alike = Counter(replace(layer, name="") for layer in layers)
-    kinds = {(layer.method, layer.bits): layer for layer in alike}
+    kinds = {(layer.method, layer.bits, layer.output_curvature): layer for layer in alike}
     rates = {kind: _solver_rate(layer, alike[layer], config, device) for kind, layer in kinds.items()}
-    return sum(solver_work(layer) / rates[layer.method, layer.bits] for layer in layers)
+    return sum(solver_work(layer) / rates[layer.method, layer.bits, layer.output_curvature] for layer in layers)
 
 
 def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device: torch.device) -> float:
@@ -153,6 +155,10 @@ def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device
         x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
         sums = x.mT @ x if layer.statistics == "hessian" else x.square().sum(dim=0)
         hessian, _ = condition(sums.unsqueeze(0), layer.name)
+    factors = None
+    if hessian is not None and layer.output_curvature:
+        gradients = torch.randn(2 * rows, rows, generator=generator, device=device)
+        factors = Factors.of(gradients.mT @ gradients, hessian, layer.name)
     spec = SolverSpec(
         layer.bits,
         torch.float16,
@@ -163,7 +169,7 @@ def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device
         min(layer.outliers, inputs - 1),
     )
     with reproducible():
-        return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec), device, 2)
+        return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec, factors), device, 2)
 
 
 def _seconds_per_weight(machine: Machine, bits: int) -> tuple[float, float]:

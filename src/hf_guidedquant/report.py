@@ -29,6 +29,8 @@ class LayerReport:
         tokens: Calibration tokens that its statistics are of; of an expert, those routed to it (0 without data).
         borrowed_tokens: Of an expert with fewer tokens than inputs: average tokens of all experts, added to its own.
         lut_dtype: Dtype of the stored codebook.
+        joint_left: With ``output_curvature``: of the joint objective of all outputs, what is left of LNQ's. The
+            objectives are every output's own, and may have risen meanwhile.
     """
 
     plan: LayerPlan
@@ -41,6 +43,7 @@ class LayerReport:
     tokens: int = 0
     borrowed_tokens: int = 0
     lut_dtype: str = "float16"
+    joint_left: float | None = None
 
     def settings(self, config: GuidedQuantConfig) -> dict[str, Any]:
         """What config.json says of the layer: its bits, and what else is not as everywhere."""
@@ -110,6 +113,9 @@ class Report:
             rows.append([name, str(len(members)), f"{out} x {inp}", str(bits), method, *means])
         lines = align(rows)
         lines.append(sizes(self))
+        left = [layer.joint_left for layer in self.layers if layer.joint_left is not None]
+        if left:
+            lines.append(f"output curvature: the joint error of a layer's outputs fell to {_mean(left)} on average")
         repaired = [
             f"{len([x for x in self.layers if test(x)])} {what}"
             for what, test in _REPAIRS.items()

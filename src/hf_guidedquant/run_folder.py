@@ -53,6 +53,7 @@ _FACTS: dict[str, Any] = {
     "tokens": int,
     "borrowed_tokens": int,
     "lut_dtype": str,
+    "joint_left": int | float | None,
 }
 
 # A layer's packed tensors, and its entry of the report.

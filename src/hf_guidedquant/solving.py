@@ -18,7 +18,7 @@ from .linears import dense_weight, stored_weight
 from .plan import LayerPlan
 from .report import LayerReport
 from .resources import compute_device
-from .solvers import Solution, SolverSpec, solve
+from .solvers import Factors, Solution, SolverSpec, solve
 from .solvers.base import row_objective
 from .solvers.hessian import Conditioning, condition
 from .workers import Workers
@@ -73,8 +73,11 @@ def solve_layers(
 
 
 def solver_work(layer: LayerPlan) -> int:
-    """What a layer costs to solve, up to a factor: with a Hessian, its products with the weights besides."""
-    return layer.weights * (_STEP_INPUTS + layer.in_features if layer.statistics == "hessian" else _STEP_INPUTS)
+    """What a layer costs to solve, up to a factor: with a Hessian, its products with the weights besides, and with a
+    curvature that one's too.
+    """
+    inputs = _STEP_INPUTS + (layer.in_features if layer.statistics == "hessian" else 0)
+    return layer.weights * (inputs + (layer.out_features if layer.output_curvature else 0))
 
 
 def solve_together(
@@ -132,16 +135,19 @@ def _solve_batch(
     del weights
     notes = [Conditioning(grouped.new_zeros(groups)) for _ in batch]
     bad_rows, tokens, borrowed = ([0] * len(batch) for _ in range(3))
-    parts = []
+    parts, factors = [], []
     for index, layer in enumerate(batch):
         # One at a time, for they are large.
         found, statistics[index] = statistics[index], None
         if found is not None:
-            conditioned, notes[index] = condition(found.hessian.to(device), layer.name)
+            hessian = found.hessian.to(device)
+            conditioned, notes[index] = condition(hessian, layer.name)
             parts.append(conditioned)
+            if layer.output_curvature and found.curvature is not None:
+                factors.append(Factors.of(found.curvature.to(device), hessian, layer.name))
             bad_rows[index], tokens[index] = int(found.bad_rows), int(found.tokens)
             borrowed[index] = found.borrowed
-            del found, conditioned
+            del found, hessian, conditioned
     stacked = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
     parts.clear()
     spec = SolverSpec(
@@ -153,7 +159,11 @@ def _solve_batch(
         config.kmeans_iterations,
         one.outliers,
     )
-    solutions = [solve(one.method, rows.contiguous(), stacked, spec) for rows in grouped.split(one.rows_at_once, dim=1)]
+    joint = Factors.together(factors) if factors else None
+    factors.clear()
+    solutions = [
+        solve(one.method, rows.contiguous(), stacked, spec, joint) for rows in grouped.split(one.rows_at_once, dim=1)
+    ]
     solution = solutions[0] if len(solutions) == 1 else _together(solutions)
     finite = solution.codebook.isfinite().flatten(1).all(dim=1).view(len(batch), groups).all(dim=1).tolist()
     if not all(finite):
@@ -183,6 +193,7 @@ def _solve_batch(
             tokens=tokens[index],
             borrowed_tokens=borrowed[index],
             lut_dtype=str(spec.codebook_dtype).removeprefix("torch."),
+            joint_left=None if solution.joint_left is None else float(solution.joint_left[index]),
         )
         if report.fallback:
             logger.warning("%s: %s.", layer.name, report.fallback)

@@ -23,20 +23,23 @@ def gather(model, rows, **options):
     return {name: layer.hessian for name, layer in gather_statistics(model, rows, **options).items()}
 
 
-def gather_statistics(model, rows, groups=3, guided=True, diagonal=False, labels=None):
+def gather_statistics(model, rows, groups=3, guided=True, diagonal=False, labels=None, curvature=False):
     statistics = {}
     for name, module in linears(model).items():
-        inputs = dense_weight(module).shape[1]
+        outputs, inputs = dense_weight(module).shape
         shape = (groups, inputs) if diagonal else (groups, inputs, inputs)
-        statistics[name] = LayerStatistics.empty(shape, torch.device("cpu"))
+        statistics[name] = LayerStatistics.empty(
+            shape, torch.device("cpu"), curvature_shape=(outputs, outputs) if curvature else None
+        )
     Relay(model, Outline(), [(0, 0)], rows, guided=guided, labels=labels).collect(0, statistics)
     return statistics
 
 
-def reference(model, rows, groups, guided, counts=None):
+def reference(model, rows, groups, guided, counts=None, curvature=False):
     """Float64, straight from the definition: loss gradients of every layer's output by autograd.
 
-    ``counts`` is 1 for every token of every row whose loss counts, 0 for the others.
+    ``counts`` is 1 for every token of every row whose loss counts, 0 for the others. With ``curvature`` it is that of
+    the outputs which is returned, not the Hessians.
     """
     model = model.double()
     seen = {}
@@ -60,6 +63,8 @@ def reference(model, rows, groups, guided, counts=None):
             if not guided:
                 parts = [torch.ones_like(part) for part in parts]
             found = torch.stack([torch.einsum("t,ti,tj->ij", s, x[0], x[0]) for s in parts])
+            if curvature:
+                found = torch.einsum("ti,tj->ij", grad[0], grad[0])
             hessians[name] = hessians.get(name, 0) + found.detach()
     for handle in handles:
         handle.remove()
@@ -74,6 +79,16 @@ def test_hessians_equal_float64_autograd(any_model, rows, guided):
         bound = 40 * 96**0.5 * EPS32 * expected.abs().amax()
         assert expected.abs().amax() > 0
         assert (found[name] - expected).abs().amax() <= bound, name
+
+
+def test_curvatures_equal_float64_autograd_and_change_no_hessian(any_model, rows):
+    found, plain = gather_statistics(any_model, rows, curvature=True), gather(any_model, rows)
+    for name, expected in reference(any_model, rows, 3, True, curvature=True).items():
+        bound = 40 * 96**0.5 * EPS32 * expected.abs().amax()
+        assert expected.abs().amax() > 0
+        assert (found[name].curvature - expected).abs().amax() <= bound, name
+        assert torch.equal(found[name].curvature, found[name].curvature.mT)
+        assert torch.equal(found[name].hessian, plain[name])
 
 
 def test_hessians_of_a_loss_that_counts_some_tokens_equal_float64_autograd(any_model, rows):
@@ -182,6 +197,18 @@ def test_bad_rows_are_left_out_and_counted(guided):
     name = "model.layers.1.mlp.down_proj"
     assert torch.isfinite(found[name]).all()
     assert torch.equal(found[name], good[name])
+
+
+def test_a_bad_row_is_left_out_of_hessian_and_curvature_alike():
+    model, rows = tiny_model(), token_rows(20)
+    good = gather_statistics(model, rows[1:], curvature=True)
+    handle = poison(model, "model.layers.1.mlp.up_proj", {0})
+    found = gather_statistics(model, rows, curvature=True)
+    handle.remove()
+    for name, statistics in found.items():
+        assert int(statistics.bad_rows) == 1
+        assert torch.equal(statistics.hessian, good[name].hessian), name
+        assert torch.equal(statistics.curvature, good[name].curvature), name
 
 
 def test_a_row_without_a_finite_loss_counts_for_every_layer():

@@ -5,8 +5,10 @@ For a layer with inputs ``x_t`` and outputs ``z_t`` the Hessian of row group ``J
     H_k = Σ_t s_k[t] x_t x_tᵀ,     s_k[t] = mean over j in J_k of (∂ℓ/∂z[t, j])²
 
 with ℓ the next-token cross-entropy of the unquantized model, summed over the tokens that count. ``s ≡ 1`` is the plain
-layer-wise objective. Weights stay frozen: a node behind each layer's output sees the output gradient during the
-backward pass, with the layer's input still in hand, and adds to ``H`` there and then, on the layer's device.
+layer-wise objective. Where it is asked for, the curvature of the outputs is added up as well, ``G = Σ_t g_t g_tᵀ`` with
+``g_t = ∂ℓ/∂z_t`` (K-FAC's other factor; Martens & Grosse 2015). Weights stay frozen: a node behind each layer's output
+sees the output gradient during the backward pass, with the layer's input still in hand, and adds to ``H`` there and
+then, on the layer's device.
 """
 
 import logging
@@ -47,6 +49,8 @@ class LayerStatistics:
         diagonal: fp32 ``[g, K]``: the diagonal of a full Hessian once more, added up the way it is where only the
             diagonal is needed, which rounds differently. None unless the statistics are to be kept for any method.
         borrowed: Average tokens of other experts that were added to an expert's Hessian (see ``routing.lend``).
+        curvature: fp32 ``[N, N]``: the sum over tokens of the outer products of the output gradients. None unless it is
+            needed.
     """
 
     hessian: Tensor
@@ -54,23 +58,33 @@ class LayerStatistics:
     tokens: Tensor
     diagonal: Tensor | None = None
     borrowed: int = 0
+    curvature: Tensor | None = None
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], device: torch.device, for_any_method: bool = False) -> "LayerStatistics":
-        """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals."""
+    def empty(
+        cls,
+        shape: tuple[int, ...],
+        device: torch.device,
+        for_any_method: bool = False,
+        curvature_shape: tuple[int, int] | None = None,
+    ) -> "LayerStatistics":
+        """Zero statistics: ``shape`` is ``(g, K, K)``, or ``(g, K)`` for diagonals; the curvature's is ``(N, N)``."""
         bad_rows, tokens = torch.zeros(2, dtype=torch.int64, device=device).unbind()
         statistics = cls(torch.zeros(shape, device=device), bad_rows, tokens)
         if for_any_method and len(shape) == 3:
             statistics.diagonal = torch.zeros(shape[:2], device=device)
+        if curvature_shape is not None:
+            statistics.curvature = torch.zeros(curvature_shape, device=device)
         return statistics
 
-    def add(self, x: Tensor, weights: Tensor | None, valid: Tensor) -> None:
+    def add(self, x: Tensor, weights: Tensor | None, valid: Tensor, grad: Tensor | None = None) -> None:
         """Add a row's tokens, unless anything of them is NaN or infinite.
 
         Args:
             x: Inputs ``[T, K]``, any float dtype.
             weights: Of the tokens, fp32 ``[T, g]``; None for 1.
             valid: Whether the row counts, a bool scalar.
+            grad: Gradients of the outputs ``[T, N]`` that the weights are of, for the curvature.
         """
         device = self.hessian.device
         x = x.to(device)
@@ -88,14 +102,18 @@ class LayerStatistics:
         diagonal = self.hessian if self.hessian.dim() == 2 else self.diagonal
         if diagonal is not None:
             add_squares(diagonal, x, weights)
+        if self.curvature is not None and grad is not None:
+            add_grams(self.curvature.unsqueeze(0), torch.where(good, grad.to(device), 0.0), None)
 
     def add_up(self, workers: Workers) -> None:
         """Finish: the sum of what all processes have, and of symmetric matrices both halves."""
-        for tensor in (self.hessian, self.bad_rows, self.tokens, self.diagonal):
+        for tensor in (self.hessian, self.bad_rows, self.tokens, self.diagonal, self.curvature):
             if tensor is not None:
                 workers.add_up(tensor)
         if self.hessian.dim() == 3:
             mirror(self.hessian)
+        if self.curvature is not None:
+            mirror(self.curvature)
 
 
 def token_weights(grad: Tensor, num_groups: int) -> Tensor:
@@ -212,8 +230,9 @@ class _Tap(torch.autograd.Function):
 @contextmanager
 def tapped(layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics], row: Row) -> Iterator[None]:
     def receive(layer: LayerStatistics, x: Tensor, grad: Tensor) -> None:
-        weights = token_weights(grad.flatten(0, -2), layer.hessian.shape[0])
-        layer.add(x.flatten(0, -2), weights, row.valid)
+        grad = grad.flatten(0, -2)
+        weights = token_weights(grad, layer.hessian.shape[0])
+        layer.add(x.flatten(0, -2), weights, row.valid, grad)
 
     def tap(layer: LayerStatistics, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return _Tap.apply(output, args[0].detach(), partial(receive, layer)) if output.requires_grad else output

@@ -74,7 +74,11 @@ class Footprint:
             # A layer's activations, and those scaled for groups, or their squares.
             size = drawn.reads.get(layer.name, drawn.tokens) * layer.in_features
             together = groups_at_a_time(layer.in_features, layer.num_groups) if layer.statistics == "hessian" else 1
-            self._taps[number] = max(self._taps[number], 4 * (1 + together) * size)
+            taken = 4 * (1 + together) * size
+            if layer.output_curvature:
+                # The gradients of the outputs, and those that are multiplied.
+                taken = max(taken, 4 * (size + 2 * size // layer.in_features * layer.out_features))
+            self._taps[number] = max(self._taps[number], taken)
 
     def hessians(self, start: int, stop: int) -> Counter[torch.device]:
         """Bytes of the blocks' Hessians."""

@@ -4,7 +4,8 @@ With fewer tokens than inputs a Hessian is singular, and a solver would fit thos
 without any there is no Hessian. Such an expert gets as many average tokens as it lacks, ``H += (K - tokens) H̄``. On the
 way up all experts read the same space, and ``H̄`` is the mean over the tokens of all of them, ``Σ H / Σ tokens``. On the
 way down each reads hidden units of its own, of which only the size can be borrowed: ``H̄`` is then the identity, times
-the mean diagonal of that.
+the mean diagonal of that. Of the curvature of outputs as much is borrowed, ``G += (K - tokens) Ḡ``; it is the other way
+round with what experts write: hidden units of their own on the way up, and one space on the way down.
 """
 
 import logging
@@ -62,18 +63,30 @@ def _lend(fellows: Mapping[str, LayerStatistics], shared: bool) -> dict[str, int
     inputs = next(iter(fellows.values())).hessian.shape[-1]
     poor = {name: count for name, count in tokens.items() if count < inputs}
     if poor and any(tokens.values()):
-        mean = _mean(list(fellows.values()), sum(tokens.values()), shared)
+        _add_averages({name: layer.hessian for name, layer in fellows.items()}, tokens, inputs, shared)
+        curvatures = {n: layer.curvature.unsqueeze(0) for n, layer in fellows.items() if layer.curvature is not None}
+        _add_averages(curvatures, tokens, inputs, not shared)
         for name, count in poor.items():
-            fellows[name].hessian.add_(mean.to(fellows[name].hessian.device), alpha=inputs - count)
             fellows[name].borrowed = inputs - count
     return poor
 
 
-def _mean(fellows: Sequence[LayerStatistics], tokens: int, shared: bool) -> Tensor:
-    """Statistics of an average token."""
-    mean = torch.zeros_like(fellows[0].hessian)
-    for layer in fellows:
-        mean.add_(layer.hessian.to(mean.device), alpha=1 / tokens)
+def _add_averages(sums: Mapping[str, Tensor], tokens: Mapping[str, int], wanted: int, shared: bool) -> None:
+    """Add average tokens to sums over fewer tokens than are wanted, in place."""
+    total = sum(tokens[name] for name in sums)
+    if total == 0:
+        return
+    mean = _mean(list(sums.values()), total, shared)
+    for name, own in sums.items():
+        if tokens[name] < wanted:
+            own.add_(mean.to(own.device), alpha=wanted - tokens[name])
+
+
+def _mean(sums: Sequence[Tensor], tokens: int, shared: bool) -> Tensor:
+    """What an average token adds to sums over tokens."""
+    mean = torch.zeros_like(sums[0])
+    for total in sums:
+        mean.add_(total.to(mean.device), alpha=1 / tokens)
     if shared:
         return mean
     size = (mean.diagonal(dim1=-2, dim2=-1) if mean.dim() == 3 else mean).mean(dim=-1)  # [g]

@@ -177,7 +177,8 @@ def gather(
     for_any_method = config.statistics is not None
 
     def empty(name: str) -> LayerStatistics:
-        return LayerStatistics.empty(wanted[name].statistics_shape, devices[name], for_any_method)
+        layer = wanted[name]
+        return LayerStatistics.empty(layer.statistics_shape, devices[name], for_any_method, layer.curvature_shape)
 
     found: dict[str, LayerStatistics] = {}
     if store is not None:
@@ -187,8 +188,9 @@ def gather(
         if name not in found:
             found[name] = empty(name)
         kept = found[name]
-        for tensor in (kept.hessian, kept.bad_rows, kept.tokens):
-            workers.hand_over(tensor, 0)
+        for tensor in (kept.hessian, kept.bad_rows, kept.tokens, kept.curvature):
+            if tensor is not None:
+                workers.hand_over(tensor, 0)
     missing = {name: layer for name, layer in wanted.items() if name not in found}
     collected = {name: empty(name) for name, layer in missing.items() if not has_twin(layer, missing, relay.outline)}
     if collected:

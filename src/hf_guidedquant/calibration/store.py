@@ -2,7 +2,8 @@
 
 statistics/statistics.json   which model and data they are of
 statistics/layers/*          one file per layer: ``diagonal [g, K]``, ``bad_rows``, ``tokens``, and ``hessian
-                             [g, K, K]`` once a method has needed it, all fp32 but the counts
+                             [g, K, K]`` and ``curvature [N, N]`` once a method has needed them, all fp32 but the
+                             counts
 """
 
 import logging
@@ -85,16 +86,18 @@ class StatisticsStore:
     def load(self, layer: LayerPlan, device: torch.device) -> LayerStatistics | None:
         """What the layer's method needs, on ``device``; None if it is not there, and then the folder is locked."""
         tensors, _ = self._folder.load(layer.name) or ({}, None)
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             layer.statistics: (layer.statistics_shape, torch.float32),
             "bad_rows": ((), torch.int64),
             "tokens": ((), torch.int64),
         }
+        if layer.curvature_shape is not None:
+            expected["curvature"] = layer.curvature_shape, torch.float32
         if any(name not in tensors or (tensors[name].shape, tensors[name].dtype) != e for name, e in expected.items()):
             self._lock()
             return None
-        statistics, bad_rows, tokens = (tensors[name].to(device) for name in expected)
-        return LayerStatistics(statistics, bad_rows, tokens)
+        statistics, bad_rows, tokens, *curvature = (tensors[name].to(device) for name in expected)
+        return LayerStatistics(statistics, bad_rows, tokens, curvature=curvature[0] if curvature else None)
 
     def save(self, name: str, statistics: LayerStatistics) -> None:
         """Keep a layer's statistics.
@@ -109,6 +112,8 @@ class StatisticsStore:
             tensors["diagonal"] = statistics.hessian
         else:
             tensors |= {"diagonal": statistics.diagonal, "hessian": statistics.hessian}
+        if statistics.curvature is not None:
+            tensors["curvature"] = statistics.curvature
         self._folder.save(name, tensors, {})
 
     def _lock(self) -> None:

@@ -46,12 +46,14 @@ class Solution:
         codebook: ``[G, R, 2**bits]`` in ``codebook_dtype``, ascending.
         objectives: Stage name -> fp64 ``[G, R]``, the value of ``(ŵ - w)ᵀ H (ŵ - w)`` after that stage, in order.
         overlay: Of the outliers (:mod:`.outliers`); methods leave it out.
+        joint_left: Of the joint objective of a layer's rows (:mod:`.kronecker`), what is left: fp64, one per layer.
     """
 
     codes: Tensor
     codebook: Tensor
     objectives: dict[str, Tensor] = field(default_factory=dict)
     overlay: Overlay | None = None
+    joint_left: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..codes import Overlay
 from .base import ELEMENTS, Method, Solution, SolverSpec, parts, round_codebook, row_objective
+from .kronecker import Factors, refine
 
 # Added to H_OO in units of its diagonal: inputs that almost depend on each other would else take large weights of
 # opposite signs, which do not survive rounding.
@@ -20,18 +21,32 @@ _DAMPING = 0.01
 _ARRAYS = 6
 
 
-def solve(method: Method, weight: Tensor, statistics: Tensor | None, spec: SolverSpec) -> Solution:
+def solve(
+    method: Method, weight: Tensor, statistics: Tensor | None, spec: SolverSpec, factors: Factors | None = None
+) -> Solution:
     """Quantize ``weight [G, R, K]`` by a method, with ``spec.outliers`` weights of every row beside the codes.
+
+    Args:
+        method: The solver.
+        weight, statistics, spec: What it is given.
+        factors: Of the curvature of the layers that the rows are of, to refine the method's solution with.
 
     Returns:
         The method's solution with an overlay and the objective "overlay" of what will be stored; without outliers the
         method's solution.
     """
+
+    def solved(outliers: Tensor | None) -> Solution:
+        found = method.solve(weight, statistics, spec, outliers)
+        if factors is None or statistics is None:
+            return found
+        return refine(weight, statistics, found, factors, spec, outliers)
+
     if not spec.outliers:
-        return method.solve(weight, statistics, spec)
+        return solved(None)
     columns = choose(weight, statistics, spec.outliers)
     outliers = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).scatter_(-1, columns, True)
-    solution = method.solve(weight, statistics, spec, outliers)
+    solution = solved(outliers)
     values = torch.empty(columns.shape, dtype=spec.codebook_dtype, device=weight.device)
     objective = weight.new_empty(weight.shape[:-1], dtype=torch.float64)
     for rows in parts(weight.shape[1], weight.shape[0] * _work(weight.shape[-1], spec.outliers)):

@@ -10,6 +10,7 @@ On a GPU with Triton a block of steps is one launch (descent.py) and the large p
 of accuracy (products.py).
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ class Problem:
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None, pieces: bool = True) -> None:
-        self.weight = weight.mT.contiguous()
+        self.weight = self.kept = weight.mT.contiguous()
         self.outliers = None if outliers is None else outliers.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
@@ -62,6 +63,13 @@ class Problem:
         self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
         split = pieces and self.fused and has_tensor_cores(weight.device)
         self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
+
+    def towards(self, target: Tensor, weight: Tensor, outliers: Tensor | None) -> "Problem":
+        """The problem of other values ``target [G, R, K]`` under the same Hessian; outliers keep their weights."""
+        other = copy.copy(self)
+        other.weight, other.kept = target.mT.contiguous(), weight.mT.contiguous()
+        other.outliers = None if outliers is None else outliers.mT.contiguous()
+        return other
 
     def state(self, codes: Tensor, codebook: Tensor) -> State:
         error = self.quantized(codes, codebook).sub_(self.weight)
@@ -74,7 +82,7 @@ class Problem:
     def quantized(self, codes: Tensor, codebook: Tensor) -> Tensor:
         """Quantized weights ``[G, K, R]``; outliers are as they were."""
         found = _look_up(codes, codebook)
-        return found if self.outliers is None else torch.where(self.outliers, self.weight, found)
+        return found if self.outliers is None else torch.where(self.outliers, self.kept, found)
 
     def assign(self, state: State, cycles: int) -> State:
         """Coordinate descent over all inputs, ``cycles`` times; stops early when nothing changes."""

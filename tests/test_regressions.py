@@ -180,8 +180,8 @@ def test_a_solution_that_is_not_finite_is_never_kept(llama, rows, monkeypatch, t
     """Should a kernel or a device fail, the layer is named, and neither model nor folder gets it."""
     own = solving.solve
 
-    def solve(method, weight, hessian, spec):
-        solution = own(method, weight, hessian, spec)
+    def solve(method, weight, hessian, spec, factors):
+        solution = own(method, weight, hessian, spec, factors)
         if weight.shape[-1] == 96:  # down_proj, the second layer's last group
             solution.codebook[-1, -1, 1] = value
         return solution

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import Solution, SolverSpec, look_up, parts, round_codebook, row_objective
+from .base import Solution, SolverSpec, look_up, parts, row_objective
 from .hessian import condition
 from .quadratic import Problem
 
@@ -164,10 +164,7 @@ class Joint:
         unit = _positive(inner.diagonal(dim1=-2, dim2=-1)).unsqueeze(-1) * shortened.view(-1, 1, 1)
         problem = self._problem.towards(weight + error - pull / unit, weight, outliers)
         start = problem.state(codes.mT.contiguous(), codebook)
-        best = start.better(problem.assign(start, spec.lnq_cycles))
-        best = best.better(problem.fit_codebook(best))
-        final = problem.state(best.codes, round_codebook(best.codebook, spec.codebook_dtype)).better(start)
-        final = final.better(problem.assign(final, spec.lnq_cycles))
+        final = problem.alternate(start, start, 1, spec.lnq_cycles, spec.codebook_dtype)
         found = final.codes.mT.contiguous()
         fresh = look_up(found, final.codebook, weight, outliers).sub_(weight)
         change = fresh - error

@@ -26,11 +26,7 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     codes, codebook = kmeans.cluster(weight, problem.diagonal, spec, outliers)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
     best = _swept(problem, start, gptq.Sweep(weight, hessian, outliers), spec.lnq_sweeps) if spec.lnq_sweeps else start
-    for _ in range(spec.lnq_iterations):
-        best = best.better(problem.assign(best, spec.lnq_cycles))
-        best = best.better(problem.fit_codebook(best))
-    final = problem.state(best.codes, round_codebook(best.codebook, spec.codebook_dtype)).better(start)
-    final = final.better(problem.assign(final, spec.lnq_cycles))
+    final = problem.alternate(start, best, spec.lnq_iterations, spec.lnq_cycles, spec.codebook_dtype)
     return Solution(
         codes=final.codes.mT.contiguous(),
         codebook=final.codebook.to(spec.codebook_dtype).contiguous(),

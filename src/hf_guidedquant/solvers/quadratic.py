@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..triton_kernels import backend_for
-from .base import nearest, parts, sort_codebook
+from .base import nearest, parts, round_codebook, sort_codebook
 from .products import PlainProduct, SplitProduct, has_tensor_cores
 
 # Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
@@ -91,6 +91,17 @@ class Problem:
         codes = nearest(state.codebook, quantized.mT).mT.contiguous()
         del quantized
         return self.state(codes, state.codebook)
+
+    def alternate(self, start: State, best: State, iterations: int, cycles: int, dtype: torch.dtype) -> State:
+        """Codes and codebook by turns from ``best``, then with the codebook as it is stored.
+
+        What comes out is stationary, and no worse than ``start``, whose codebook is stored as it is.
+        """
+        for _ in range(iterations):
+            best = best.better(self.assign(best, cycles))
+            best = best.better(self.fit_codebook(best))
+        final = self.state(best.codes, round_codebook(best.codebook, dtype)).better(start)
+        return final.better(self.assign(final, cycles))
 
     def descend(self, quantized: Tensor, codebook: Tensor, cycles: int) -> None:
         """Take all inputs of ``quantized [G, K, R]``, in place, to entries of ``codebook [G, R, L]``, as `assign`.

@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -91,6 +92,23 @@ def memory_for(model, config, blocks: int = 1) -> float:
     footprint = Footprint(model, plan_layers(model, config).layers, outline(model, 33, config.guided, place), place)
     needs = [footprint(start, start + blocks) for start in range(footprint.count - blocks + 1)]
     return max((need[device] + footprint.resident[device]) / 2**30 for need in needs for device in need)
+
+
+def quantized_and_loaded(dense, config, dtype, folder, device_map="cuda:0"):
+    """A model quantized as it is loaded, and what is loaded on ``cuda:0`` of the files that it is saved as."""
+    dense.save_pretrained(folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "dense", dtype=dtype, device_map=device_map, quantization_config=config
+    )
+    model.save_pretrained(folder / "quantized")
+    return model, AutoModelForCausalLM.from_pretrained(folder / "quantized", device_map="cuda:0")
+
+
+def assert_the_cpu_loads_the_same(model, folder):
+    """The tensors of what :func:`quantized_and_loaded` has saved."""
+    state, elsewhere = (m.state_dict() for m in (model, AutoModelForCausalLM.from_pretrained(folder / "quantized")))
+    assert state.keys() == elsewhere.keys()
+    assert all(torch.equal(tensor.cpu(), elsewhere[name]) for name, tensor in state.items())
 
 
 @pytest.fixture(params=list(ARCHITECTURES))

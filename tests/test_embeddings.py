@@ -9,7 +9,14 @@ import pickle
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, tiny_model, token_rows
+from conftest import (
+    ARCHITECTURES,
+    VOCABULARY,
+    assert_the_cpu_loads_the_same,
+    quantized_and_loaded,
+    tiny_model,
+    token_rows,
+)
 from safetensors.torch import load_file
 from test_layers import Tensorcores
 from torch import nn
@@ -464,15 +471,7 @@ def test_adapters_beside_quantized_embeddings(architecture):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["llama", *TIED])
 def test_quantized_saved_and_loaded_on_a_gpu(architecture, dtype, tmp_path):
-    tiny_model(architecture).save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", dtype=dtype, device_map="cuda:0", quantization_config=config()
-    )
-    model.save_pretrained(tmp_path / "quantized")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cuda:0")
+    model, again = quantized_and_loaded(tiny_model(architecture), config(), dtype, tmp_path)
     assert isinstance(again.get_input_embeddings(), GuidedEmbedding)
     assert torch.equal(logits(again), logits(model))
-    elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").state_dict()
-    state = again.state_dict()
-    assert state.keys() == elsewhere.keys()
-    assert all(torch.equal(tensor.cpu(), elsewhere[name]) for name, tensor in state.items())
+    assert_the_cpu_loads_the_same(again, tmp_path)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VOCABULARY, memory_for, token_rows
+from conftest import VOCABULARY, assert_the_cpu_loads_the_same, memory_for, quantized_and_loaded, token_rows
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
@@ -517,19 +517,11 @@ def test_adapters_beside_experts_only():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", list(MIXTURES))
 def test_quantized_saved_and_loaded_on_a_gpu(kind, dtype, tmp_path):
-    mixture(kind).save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", dtype=dtype, device_map="cuda:0", quantization_config=config(method="lnq", device=None)
-    )
-    model.save_pretrained(tmp_path / "quantized")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map="cuda:0")
+    model, again = quantized_and_loaded(mixture(kind), config(method="lnq", device=None), dtype, tmp_path)
     assert sum(".experts." in name for name in quantized_modules(again)) > 0
     ids = torch.stack(token_rows(2, seed=1)).cuda()
     with torch.no_grad():
         found = again(ids).logits
         assert torch.equal(found, model(ids).logits)
     assert found.isfinite().all()
-    elsewhere = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").state_dict()
-    state = again.state_dict()
-    assert state.keys() == elsewhere.keys()
-    assert all(torch.equal(tensor.cpu(), elsewhere[name]) for name, tensor in state.items())
+    assert_the_cpu_loads_the_same(again, tmp_path)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import memory_for, tiny_model, token_rows
+from conftest import memory_for, quantized_and_loaded, tiny_model, token_rows
 from test_trained_linear import EPS, float64_gradient, random_layer
 from transformers import AutoModelForCausalLM
 
@@ -28,12 +28,7 @@ def config(**changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("architecture", ["llama-tied", "qwen3", "gemma3", "gpt2"])
 def test_quantize_save_reload_generate(architecture, dtype, tmp_path):
-    tiny_model(architecture).save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "dense", dtype=dtype, device_map="auto", quantization_config=config()
-    )
-    model.save_pretrained(tmp_path / "m")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map="cuda:0")
+    model, again = quantized_and_loaded(tiny_model(architecture), config(), dtype, tmp_path, device_map="auto")
     prompt = torch.arange(2, 10, device="cuda")[None]
     with torch.no_grad():
         assert torch.equal(again(input_ids=prompt).logits, model(input_ids=prompt).logits)

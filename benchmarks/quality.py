@@ -48,6 +48,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "sweep + LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
     "sweep + LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
     "best": {"preset": "best"},
+    "curvature + best": {"preset": "best", "output_curvature": True},
 }
 
 

@@ -3,7 +3,7 @@
     python benchmarks/tune_kernels.py --output triton_kernels/torch-ext/guidedquant_lut/launch_table.py
 
 Times every candidate on every shape (about two minutes on an H100, compiling included).
-Without `--output` it only prints.
+Token counts that are not asked for keep what the table has. Without `--output` it only prints.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import torch
 from gpu_timing import copies, graph_time, random_layer
 
 from hf_guidedquant.triton_kernels import tensor_core
-from hf_guidedquant.triton_kernels.configs import Config, MatrixConfig, VectorConfig
+from hf_guidedquant.triton_kernels.configs import Config, MatrixConfig, PrefillConfig, VectorConfig
+from hf_guidedquant.triton_kernels.launch_table import CHOICES
 
 BITS = (2, 3, 4)
 # Linear layers, fused where they would be, of SmolLM2-135M, Qwen3-0.6B, Llama-3.1-8B and -70B.
@@ -45,7 +46,11 @@ CHOICES: list[tuple[int, ...]] = [
 
 def candidates(tokens: int, rows: int, inputs: int) -> list[Config]:
     """What to try for a product."""
-    return [*vector_candidates(tokens), *matrix_candidates(tokens, rows, inputs)]
+    return [
+        *vector_candidates(tokens),
+        *matrix_candidates(tokens, rows, inputs),
+        *prefill_candidates(tokens, rows, inputs),
+    ]
 
 
 def vector_candidates(tokens: int) -> list[VectorConfig]:
@@ -70,6 +75,8 @@ def vector_candidates(tokens: int) -> list[VectorConfig]:
 
 def matrix_candidates(tokens: int, rows: int, inputs: int) -> list[MatrixConfig]:
     """Warps, tokens, stages, and as many splits as keep the GPU busy."""
+    if tokens > 256:
+        return []
     result = []
     for width in (16, 32, 64, 128):
         if width < min(tokens, 128) / 2 or width >= 2 * tokens:
@@ -79,6 +86,14 @@ def matrix_candidates(tokens: int, rows: int, inputs: int) -> list[MatrixConfig]
             splits = [n for n in (1, 2, 4, 8, 16) if n == 1 or (programs * n <= 800 and 256 * n <= inputs)]
             result += [MatrixConfig(warps, width, stages, n) for n in splits if n == splits[-1] or programs * n >= 128]
     return result
+
+
+def prefill_candidates(tokens: int, rows: int, inputs: int) -> list[PrefillConfig]:
+    """Splits, as many as keep the GPU busy."""
+    if tokens < 128 or torch.cuda.get_device_capability()[0] != 9 or tensor_core.prefill() is None:
+        return []
+    programs = -(-rows // 128) * -(-tokens // 256)
+    return [PrefillConfig(n) for n in (1, 2, 4, 8) if n == 1 or (programs * n <= 300 and 256 * n <= inputs)]
 
 
 def compile_one(job: tuple[int, int, int, int, Config]) -> None:
@@ -96,6 +111,8 @@ def compile_all(counts: list[int]) -> None:
         for config in candidates(tokens, rows, inputs):
             if isinstance(config, VectorConfig):
                 jobs |= {(bits, 16, length, tokens, config) for length in (128, 128 * config.warps * config.unroll)}
+            elif isinstance(config, PrefillConfig):
+                jobs |= {(bits, 16, 256, 16, PrefillConfig(splits)) for splits in (1, 2)}
             else:
                 jobs.add((bits, 16, 128, 16, config._replace(splits=min(config.splits, 2))))
     with multiprocessing.get_context("spawn").Pool(14) as pool:
@@ -131,6 +148,7 @@ def main() -> None:
                 line += f" | {bits}-bit {times[best]:7.2f} {reference / times[best]:5.2f}x {tuple(best or ())}"
             print(line, flush=True)
     if options.output:
+        choices += [list(choice) for choice in CHOICES if choice[1] not in options.tokens]
         lines = "".join(f"    {tuple(choice)},\n" for choice in sorted(choices))
         options.output.write_text(TABLE.format(torch.cuda.get_device_name(), torch.__version__, lines))
     if options.timings:
@@ -143,7 +161,7 @@ def parse() -> argparse.Namespace:
         "--tokens",
         type=int,
         nargs="+",
-        default=[1, 8, 16, 32, 64, 128, 256, 512],
+        default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096],
         help="token counts",
     )
     parser.add_argument("--output", type=Path, help="launch_table.py to write")

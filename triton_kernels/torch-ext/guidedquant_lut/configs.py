@@ -27,7 +27,13 @@ class MatrixConfig(NamedTuple):
     splits: int  # of the inputs
 
 
-Config = VectorConfig | MatrixConfig
+class PrefillConfig(NamedTuple):
+    """Launch parameters of `prefill_kernel`."""
+
+    splits: int  # of the inputs
+
+
+Config = VectorConfig | MatrixConfig | PrefillConfig
 
 
 @functools.lru_cache(maxsize=4096)
@@ -35,16 +41,15 @@ def choose(capability: tuple[int, int], bits: int, tokens: int, rows: int, input
     """The launch parameters for a product, or None if a dense matrix and a dense product are faster.
 
     That of the measured shape which is nearest in log rows and log inputs, among those for as many tokens or the next
-    larger count measured. `matrix_kernel` is for Hopper alone; GPUs older than that cannot overlap kernels.
+    larger count measured; the largest count stands for more as well. `matrix_kernel` and `prefill_kernel` are for
+    Hopper alone; GPUs older than that cannot overlap kernels.
     """
     measured = table()[bits]
-    count = next((count for count in sorted(measured) if count >= tokens), None)
-    if count is None:
-        return None
+    count = next((count for count in sorted(measured) if count >= tokens), max(measured))
     shapes = {
         shape: config
         for shape, config in measured[count].items()
-        if capability[0] == 9 or not isinstance(config, MatrixConfig)
+        if capability[0] == 9 or not isinstance(config, MatrixConfig | PrefillConfig)
     }
     if not shapes:
         return None
@@ -63,6 +68,8 @@ def table() -> dict[int, dict[int, dict[tuple[int, int], Config | None]]]:
     result: dict[int, dict[int, dict[tuple[int, int], Config | None]]] = {}
     for bits, tokens, rows, inputs, *config in CHOICES:
         shapes = result.setdefault(bits, {}).setdefault(tokens, {})
-        kind = MatrixConfig if len(config) == len(MatrixConfig._fields) else VectorConfig
-        shapes[rows, inputs] = kind(*config) if config else None
+        shapes[rows, inputs] = _KINDS[len(config)](*config) if config else None
     return result
+
+
+_KINDS: dict[int, type[Config]] = {len(kind._fields): kind for kind in (VectorConfig, MatrixConfig, PrefillConfig)}

@@ -33,23 +33,22 @@ def _lookup_2bit() -> str:
     return "\n".join([*lines, "}"])
 
 
-def _lookup_3bit() -> str:
-    """$0-$15: 32 weights of the words $16, $17 (low bits) and $18 (third bits); $19-$22: byte tables."""
+def _lookup_3bit(half: int) -> str:
+    """$0-$7: 16 weights of word $8 (their low bits) and of a half of word $9 (their third bits); $10-$13: byte tables."""
     lines = ["{ .reg .b32 y, t, l, h;"]
-    for group in range(4):
-        source = "$16" if group < 2 else "$17"
-        shift = {0: "shl.b32 y, $18, 2;", 1: "shl.b32 y, $18, 1;", 2: "", 3: "shr.u32 y, $18, 1;"}[group]
-        lines.append(shift)
-        lines.append(f"and.b32 y, {'$18' if group == 2 else 'y'}, 0x44444444;")
-        if group % 2:
-            lines.append(f"shr.u32 t, {source}, 2;")
-            source = "t"
-        lines.append(f"lop3.b32 t, {source}, 0x33333333, y, 0xEA;")
-        for half in range(2):
-            if half:
+    for group in range(2):
+        shift = {0: "shl.b32 y, $9, 2;", 1: "shl.b32 y, $9, 1;", 2: "", 3: "shr.u32 y, $9, 1;"}[2 * half + group]
+        lines.append(f"{shift} and.b32 y, {'y' if shift else '$9'}, 0x44444444;")
+        low = "$8"
+        if group:
+            lines.append("shr.u32 t, $8, 2;")
+            low = "t"
+        lines.append(f"lop3.b32 t, {low}, 0x33333333, y, 0xEA;")
+        for part in range(2):
+            if part:
                 lines.append("shr.u32 t, t, 16;")
-            out = 4 * group + 2 * half
-            lines.append("prmt.b32 l, $19, $20, t; prmt.b32 h, $21, $22, t;")
+            out = 4 * group + 2 * part
+            lines.append("prmt.b32 l, $10, $11, t; prmt.b32 h, $12, $13, t;")
             lines.append(f"prmt.b32 ${out}, l, h, 0x5140; prmt.b32 ${out + 1}, l, h, 0x7362;")
     return "\n".join([*lines, "}"])
 
@@ -72,9 +71,10 @@ def _constraints(outputs: int, inputs: int, kind: str = "=&r") -> str:
 
 
 _ASM2, _C2 = _constexpr(_lookup_2bit()), _constexpr(_constraints(8, 3))
-_ASM3, _C3 = _constexpr(_lookup_3bit()), _constexpr(_constraints(16, 7))
+_ASM3_FIRST, _ASM3_SECOND = _constexpr(_lookup_3bit(0)), _constexpr(_lookup_3bit(1))
+_C3 = _constexpr(_constraints(8, 6))
 _ASM4, _C4 = _constexpr(_lookup_4bit()), _constexpr(_constraints(4, 9))
-_INT4, _INT8, _INT16 = (_constexpr((tl.int32,) * n) for n in (4, 8, 16))
+_INT4, _INT8 = (_constexpr((tl.int32,) * n) for n in (4, 8))
 _FLOAT4 = _constexpr((tl.float32,) * 4)
 _MMA = {
     kind: f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -184,30 +184,30 @@ def tables(entries, BITS: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def decode_row(words, table, BITS: tl.constexpr, ASM: tl.constexpr):
     """The 32 weights that a lane holds of one row: 16 registers, in order of the inputs."""
-    weights = ()
-    if not ASM:
-        weights = _decode_row_plain(words, table, BITS)
-    elif BITS == 2:
-        for i in tl.static_range(2):
-            arguments = [words[i], table[0], table[1]]
-            weights = weights + tl.inline_asm_elementwise(_ASM2, _C2, arguments, dtype=_INT8, is_pure=True, pack=1)
-    elif BITS == 3:
-        arguments = [words[0], words[1], words[2], table[0], table[1], table[2], table[3]]
-        weights = tl.inline_asm_elementwise(_ASM3, _C3, arguments, dtype=_INT16, is_pure=True, pack=1)
-    else:
-        for i in tl.static_range(4):
-            arguments = [words[i], table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
-            weights = weights + tl.inline_asm_elementwise(_ASM4, _C4, arguments, dtype=_INT4, is_pure=True, pack=1)
-    return weights
+    return decode_half(words, table, 0, BITS, ASM) + decode_half(words, table, 1, BITS, ASM)
 
 
 @triton.jit
-def _decode_row_plain(words, table, BITS: tl.constexpr):
+def decode_half(words, table, HALF: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The first or the second 16 of them, in 8 registers."""
     weights = ()
-    for pair in tl.static_range(16):
-        low = _entry(_code(words, 2 * pair, BITS), table, BITS)
-        high = _entry(_code(words, 2 * pair + 1, BITS), table, BITS)
-        weights = weights + (low | (high << 16),)
+    if not ASM:
+        for pair in tl.static_range(8):
+            low = _entry(_code(words, 16 * HALF + 2 * pair, BITS), table, BITS)
+            high = _entry(_code(words, 16 * HALF + 2 * pair + 1, BITS), table, BITS)
+            weights = weights + (low | (high << 16),)
+    elif BITS == 2:
+        arguments = [words[HALF], table[0], table[1]]
+        weights = tl.inline_asm_elementwise(_ASM2, _C2, arguments, dtype=_INT8, is_pure=True, pack=1)
+    elif BITS == 3:
+        asm: tl.constexpr = _ASM3_FIRST if HALF == 0 else _ASM3_SECOND
+        arguments = [words[HALF], words[2], table[0], table[1], table[2], table[3]]
+        weights = tl.inline_asm_elementwise(asm, _C3, arguments, dtype=_INT8, is_pure=True, pack=1)
+    else:
+        for i in tl.static_range(2):
+            word = words[2 * HALF + i]
+            arguments = [word, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]]
+            weights = weights + tl.inline_asm_elementwise(_ASM4, _C4, arguments, dtype=_INT4, is_pure=True, pack=1)
     return weights
 
 

@@ -1,14 +1,17 @@
 """Launching the kernels on tiles."""
 
 import functools
+import importlib
 import logging
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from .backend import launching_on
-from .configs import Config, MatrixConfig, VectorConfig, choose
+from .configs import Config, MatrixConfig, PrefillConfig, VectorConfig, choose
 from .reference import Overlay, add_overlay, lut_dequantize, pack_codes
 from .sparse import add_product
 from .tile_kernels import add_splits_kernel, dequantize_kernel, matrix_kernel, vector_kernel
@@ -18,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Rows to expand at a time, beside many tokens: enough for a good dense product, and most of them still in the L2 then.
 _DENSE_ROWS = 4096
+# What a program of `prefill_kernel` takes: the most that registers and shared memory of Hopper hold.
+_PREFILL = {"TOKENS": 256, "WARPS": 8, "STAGES": 4}
 # For more tokens an overlay is faster added to expanded rows than multiplied by itself.
 _SPARSE_TOKENS = 64
 
@@ -29,6 +34,8 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
     result = x.new_empty(*x.shape[:-1], rows)
     y = result.view(-1, rows)
     config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
+    if isinstance(config, PrefillConfig) and prefill() is None:
+        config = None
     with launching_on(x.device):
         if config is None or (overlay is not None and flat.shape[0] > _SPARSE_TOKENS):
             linear_by_chunks(flat, tiles, lut, bias, y, overlay)
@@ -41,7 +48,9 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
 
 def launch(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
     """Compute y ``[M, N]``, contiguous, from x ``[M, K]`` with aligned rows (:func:`_aligned`)."""
-    if isinstance(config, MatrixConfig):
+    if isinstance(config, PrefillConfig):
+        _launch_prefill(x, tiles, lut, bias, y, config)
+    elif isinstance(config, MatrixConfig):
         _launch_matrix(x, tiles, lut, bias, y, config)
     else:
         _launch_vector(x, tiles, lut, bias, y, config)
@@ -70,17 +79,58 @@ def _launch_matrix(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y
     tokens, rows, inputs = x.shape[0], lut.shape[0], x.shape[1]
     split = config.splits > 1
     parts = torch.empty(config.splits, tokens, rows, device=x.device) if split else y
-    bias_or_any = lut if bias is None else bias.contiguous()
     matrix_kernel[(-(-rows // (16 * config.warps)), -(-tokens // config.tokens), config.splits)](
-        x, tiles.contiguous(), lut, bias_or_any, parts, tokens, rows, inputs, x.stride(0) // 8,
+        x, tiles.contiguous(), lut, lut if bias is None else bias.contiguous(), parts, tokens, rows, inputs,
+        x.stride(0) // 8,
         BITS=tiles.shape[2] // 64, TOKENS=config.tokens, WARPS=config.warps, STAGES=config.stages,
         BF16=x.dtype == torch.bfloat16, CONVERT=convert, HAS_BIAS=bias is not None and not split, ASM=True,
         num_warps=config.warps,
     )  # fmt: skip
     if split:
-        add_splits_kernel[(-(-tokens * rows // 1024),)](
-            parts, bias_or_any, y, tokens * rows, rows, config.splits, HAS_BIAS=bias is not None, BLOCK=1024
-        )
+        _add_splits(parts, bias, y)
+
+
+def _launch_prefill(
+    x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: PrefillConfig
+) -> None:
+    kernels = prefill()
+    if kernels is None:
+        raise RuntimeError("This Triton has no Gluon for Hopper, which the kernel for many tokens is written in.")
+    lut, convert, _ = _codebook(lut, x.dtype)
+    tokens, rows, inputs = x.shape[0], lut.shape[0], x.shape[1]
+    blocks = tiles.shape[1]
+    # As many as have a block each.
+    splits = -(-blocks // -(-blocks // min(config.splits, blocks)))
+    split = splits > 1
+    parts = torch.empty(splits, tokens, rows, device=x.device) if split else y
+    works = -(-rows // (16 * _PREFILL["WARPS"])) * -(-tokens // _PREFILL["TOKENS"]) * splits
+    kernels.prefill_kernel[(min(works, _multiprocessors(x.device.index)),)](
+        kernels.describe_inputs(x, _PREFILL["TOKENS"]), tiles.contiguous(), lut,
+        lut if bias is None else bias.contiguous(), parts, tokens, rows, inputs, splits,
+        BITS=tiles.shape[2] // 64, BF16=x.dtype == torch.bfloat16, CONVERT=convert,
+        HAS_BIAS=bias is not None and not split, **_PREFILL, num_warps=_PREFILL["WARPS"],
+    )  # fmt: skip
+    if split:
+        _add_splits(parts, bias, y)
+
+
+def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y ``[M, N]`` = parts ``[splits, M, N]`` + bias, in order."""
+    splits, tokens, rows = parts.shape
+    add_splits_kernel[(-(-tokens * rows // 1024),)](
+        parts, y if bias is None else bias.contiguous(), y, tokens * rows, rows, splits,
+        HAS_BIAS=bias is not None, BLOCK=1024,
+    )  # fmt: skip
+
+
+@functools.cache
+def prefill() -> ModuleType | None:
+    """The module of the kernel for many tokens, or None where this Triton has no Gluon, which is experimental."""
+    try:
+        return importlib.import_module(".prefill_kernel", __package__)
+    except (ImportError, AttributeError):
+        logger.info("Triton %s has no Gluon for Hopper; many tokens take a dense product.", triton.__version__)
+        return None
 
 
 def dequantize(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -142,6 +192,11 @@ def _codebook(lut: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool, bool]:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def works(device: torch.device) -> bool:

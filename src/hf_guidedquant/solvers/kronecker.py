@@ -230,7 +230,8 @@ def _rows(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def _put(tensor: Tensor, own: Tensor, rows: Tensor) -> None:
-    tensor.scatter_(1, own.unsqueeze(-1).expand_as(rows), rows)
+    # By whole rows: where torch is to be deterministic, a scatter would sort the places of all numbers on a GPU.
+    tensor[torch.arange(len(own), device=own.device).unsqueeze(-1), own] = rows
 
 
 def _positive(diagonal: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Sweep:
         # Where every input has gone. To gather is cheap; where torch is to be deterministic, a scatter sorts on a GPU.
         self._back = order.argsort(dim=-1).unsqueeze(1).expand_as(weight)
         ordered = None if outliers is None else outliers.gather(-1, places)
-        self._problem = Problem(weight.gather(-1, places), factor, ordered, pieces=False)
+        self._problem = Problem(weight.gather(-1, places), factor, ordered, lower=True)
 
     def codes(self, codebook: Tensor) -> Tensor:
         """Codes after the sweep, uint8 ``[G, R, K]``; the codebook is ascending, ``[G, R, L]``, with any spacing."""

@@ -2,7 +2,8 @@
 
     python benchmarks/solver.py --bits 2 3 4 --output solver.json
 
-Random weights; the Hessian of 2 K random samples of which some inputs are large. Prints, for every shape and bit width,
+Random weights; the Hessian of 2 K random samples of which some inputs are large. Arithmetic is reproducible, as it is
+when a model is quantized: torch's deterministic kernels can take longer. Prints, for every shape and bit width,
 the seconds of a whole solve and of the plain loop, their ratio, the parts of the solve that k-means, sweeps, descent
 and codebook steps take, and the final objectives. Then the sum over the linears of Llama-3.1-8B, a shape at a time.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hf_guidedquant.resources import reproducible
 from hf_guidedquant.solvers import Solution, SolverSpec, gptq, kmeans, lnq, quadratic
 from hf_guidedquant.solvers.hessian import condition
 from hf_guidedquant.triton_kernels import set_backend
@@ -144,10 +146,11 @@ def main() -> None:
     print("| shape | bits | seconds | plain | ratio | k-means | sweep | descent | codebook | objective / plain |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     results = []
-    for rows, inputs in options.shapes:
-        for bits in options.bits:
-            results.append(measure(rows, inputs, bits, options.sweeps, options.repeats, not options.no_plain))
-            show(results[-1])
+    with reproducible():
+        for rows, inputs in options.shapes:
+            for bits in options.bits:
+                results.append(measure(rows, inputs, bits, options.sweeps, options.repeats, not options.no_plain))
+                show(results[-1])
     show_sum(results)
     if options.output:
         content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}

@@ -13,9 +13,9 @@ from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
 from .nn import sums_by_code
 from .plan import LayerPlan
 from .resources import reproducible
-from .solvers import Factors, SolverSpec, solve
+from .solvers import Factors, solve
 from .solvers.hessian import condition
-from .solving import solver_work
+from .solving import solver_spec, solver_work
 from .training import held_back, stack_size
 from .triton_kernels import lut_dequantize, pack_codes
 
@@ -147,7 +147,8 @@ def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device
     most = (4096, 4096) if device.type == "cuda" else (1024, 512)
     together = layer.out_features * min(count, layer.batch_size(device))
     rows, inputs = min(most[0], together), min(most[1], layer.in_features)
-    sample = replace(layer, out_features=rows, in_features=inputs, num_groups=1)
+    outliers = min(layer.outliers, inputs - 1)
+    sample = replace(layer, out_features=rows, in_features=inputs, num_groups=1, outliers=outliers)
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(1, rows, inputs, generator=generator, device=device)
     hessian = None
@@ -159,15 +160,7 @@ def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device
     if hessian is not None and layer.output_curvature:
         gradients = torch.randn(2 * rows, rows, generator=generator, device=device)
         factors = Factors.of(gradients.mT @ gradients, hessian, layer.name)
-    spec = SolverSpec(
-        layer.bits,
-        torch.float16,
-        config.lnq_sweeps,
-        config.lnq_iterations,
-        config.lnq_cycles,
-        config.kmeans_iterations,
-        min(layer.outliers, inputs - 1),
-    )
+    spec = solver_spec(sample, config, torch.float16)
     with reproducible():
         return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec, factors), device, 2)
 

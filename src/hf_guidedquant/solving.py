@@ -20,7 +20,7 @@ from .report import LayerReport
 from .resources import compute_device
 from .solvers import Factors, Solution, SolverSpec, solve
 from .solvers.base import row_objective
-from .solvers.hessian import Conditioning, condition
+from .solvers.hessian import condition
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,8 @@ def solve_layers(
     # The mean speed, because batches come in bursts.
     with tqdm(total=total, desc=title, unit="op", unit_scale=True, smoothing=0) as bar:
         for batch in window:
-            found = [statistics.pop(layer.name, None) for layer in batch]
             with torch.no_grad():
-                solved = _solve_batch(model, batch, found, config)
+                solved = _solve_batch(model, batch, statistics, config)
             bar.update(sum(map(solver_work, batch)))
             for layer, codes, report in solved:
                 logger.debug("%s: %d bits, relative objective %s", layer.name, layer.bits, report.objectives)
@@ -120,85 +119,120 @@ def solve_together(
             yield tensors, report
 
 
-def _solve_batch(
-    model: PreTrainedModel, batch: list[LayerPlan], statistics: list[LayerStatistics | None], config: GuidedQuantConfig
-) -> list[tuple[LayerPlan, Codes, LayerReport]]:
-    """Codes and reports of layers that share shape, method, bits, groups and device. Empties ``statistics``."""
-    one = batch[0]
-    groups = one.num_groups
-    modules = [model.get_submodule(layer.name) for layer in batch]
-    # One device, also where a run goes on with its layers placed otherwise than when it started.
-    device = compute_device(stored_weight(modules[0]).device, config.device)
-    lut_dtype = lut_format.codebook_dtype(dense_weight(modules[0]))
-    weights = [_group_rows(dense_weight(module).to(device, torch.float32), groups) for module in modules]
-    grouped = weights[0] if len(weights) == 1 else torch.cat(weights)  # [layers * g, R, K]
-    del weights
-    notes = [Conditioning(grouped.new_zeros(groups)) for _ in batch]
-    bad_rows, tokens, borrowed = ([0] * len(batch) for _ in range(3))
-    parts, factors = [], []
-    for index, layer in enumerate(batch):
-        # One at a time, for they are large.
-        found, statistics[index] = statistics[index], None
-        if found is not None:
-            hessian = found.hessian.to(device)
-            conditioned, notes[index] = condition(hessian, layer.name)
-            parts.append(conditioned)
-            if layer.output_curvature and found.curvature is not None:
-                factors.append(Factors.of(found.curvature.to(device), hessian, layer.name))
-            bad_rows[index], tokens[index] = int(found.bad_rows), int(found.tokens)
-            borrowed[index] = found.borrowed
-            del found, hessian, conditioned
-    stacked = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
-    parts.clear()
-    spec = SolverSpec(
-        one.bits,
-        lut_dtype,
+def solver_spec(layer: LayerPlan, config: GuidedQuantConfig, codebook_dtype: torch.dtype) -> SolverSpec:
+    """The settings of a layer's solve."""
+    return SolverSpec(
+        layer.bits,
+        codebook_dtype,
         config.lnq_sweeps,
         config.lnq_iterations,
         config.lnq_cycles,
         config.kmeans_iterations,
-        one.outliers,
+        layer.outliers,
     )
-    joint = Factors.together(factors) if factors else None
-    factors.clear()
-    solutions = [
-        solve(one.method, rows.contiguous(), stacked, spec, joint) for rows in grouped.split(one.rows_at_once, dim=1)
-    ]
-    solution = solutions[0] if len(solutions) == 1 else _together(solutions)
-    finite = solution.codebook.isfinite().flatten(1).all(dim=1).view(len(batch), groups).all(dim=1).tolist()
-    if not all(finite):
-        raise SolverError(batch[finite.index(False)].name, device)
-    unit = row_objective(grouped, grouped.new_zeros(()).expand_as(grouped), stacked)  # wᵀ H w
-    results = []
-    for index, layer in enumerate(batch):
-        own = slice(index * groups, (index + 1) * groups)
 
-        def rows_of(tensor: Tensor, own: slice = own, layer: LayerPlan = layer) -> Tensor:
-            return tensor[own].flatten(0, 1)[: layer.out_features]
 
-        overlay = solution.overlay and Overlay(rows_of(solution.overlay.columns), rows_of(solution.overlay.values))
-        codes = Codes(rows_of(solution.codes), rows_of(solution.codebook), overlay)
-        relative = {
-            stage: float(value[own].sum() / unit[own].sum().clamp_min(1e-300))
-            for stage, value in solution.objectives.items()
-        }
-        report = LayerReport(
-            plan=layer,
-            objectives=relative,
-            scale=float(notes[index].scale.mean()),
-            damping=notes[index].damping,
-            dead_inputs=notes[index].dead_inputs,
-            fallback=notes[index].fallback,
-            bad_rows=bad_rows[index],
-            tokens=tokens[index],
-            borrowed_tokens=borrowed[index],
-            lut_dtype=str(spec.codebook_dtype).removeprefix("torch."),
-            joint_left=None if solution.joint_left is None else float(solution.joint_left[index]),
+def _solve_batch(
+    model: PreTrainedModel, batch: list[LayerPlan], statistics: dict[str, LayerStatistics], config: GuidedQuantConfig
+) -> list[tuple[LayerPlan, Codes, LayerReport]]:
+    """Codes and reports of layers that share shape, method, bits, groups and device. Takes out their ``statistics``."""
+    one, dense = batch[0], dense_weight(model.get_submodule(batch[0].name))
+    # One device, also where a run goes on with its layers placed otherwise than when it started.
+    device = compute_device(dense.device, config.device)
+    weight = _weights(model, batch, device)
+    hessian, factors, reports = _conditioned(batch, statistics, device)
+    spec = solver_spec(one, config, lut_format.codebook_dtype(dense))
+    parts = [solve(one.method, rows.contiguous(), hessian, spec, factors) for rows in weight.split(one.rows_at_once, 1)]
+    solution = parts[0] if len(parts) == 1 else _together(parts)
+    _check_finite(solution, batch)
+    unit = row_objective(weight, weight.new_zeros(()).expand_as(weight), hessian)  # wᵀ H w
+    solved = []
+    for number, (layer, report) in enumerate(zip(batch, reports, strict=True)):
+        own = slice(number * layer.num_groups, (number + 1) * layer.num_groups)
+        codes = _codes(solution, own, layer.out_features)
+        report = replace(
+            report,
+            objectives=_relative(solution.objectives, unit, own),
+            lut_dtype=str(codes.codebook.dtype).removeprefix("torch."),
+            joint_left=None if solution.joint_left is None else float(solution.joint_left[number]),
         )
         if report.fallback:
             logger.warning("%s: %s.", layer.name, report.fallback)
-        results.append((layer, codes, report))
-    return results
+        solved.append((layer, codes, report))
+    return solved
+
+
+def _weights(model: PreTrainedModel, batch: list[LayerPlan], device: torch.device) -> Tensor:
+    """Of all layers, group after group: fp32 ``[layers * g, R, K]``."""
+    dense = [dense_weight(model.get_submodule(layer.name)) for layer in batch]
+    return _joined([_group_rows(weight.to(device, torch.float32), batch[0].num_groups) for weight in dense])
+
+
+def _conditioned(
+    batch: list[LayerPlan], statistics: dict[str, LayerStatistics], device: torch.device
+) -> tuple[Tensor | None, Factors | None, list[LayerReport]]:
+    """Statistics of all groups, fit to solve with, and the curvature's factors of all layers, if there are any.
+
+    Also the beginning of every layer's report, with what its statistics say.
+    """
+    hessians, factors, reports = [], [], []
+    for layer in batch:
+        # One at a time, for they are large.
+        found = statistics.pop(layer.name, None)
+        if found is None:
+            reports.append(LayerReport(layer, {}))
+            continue
+        hessian = found.hessian.to(device)
+        conditioned, note = condition(hessian, layer.name)
+        hessians.append(conditioned)
+        if layer.output_curvature and found.curvature is not None:
+            factors.append(Factors.of(found.curvature.to(device), hessian, layer.name))
+        reports.append(
+            LayerReport(
+                layer,
+                {},
+                scale=float(note.scale.mean()),
+                damping=note.damping,
+                dead_inputs=note.dead_inputs,
+                fallback=note.fallback,
+                bad_rows=int(found.bad_rows),
+                tokens=int(found.tokens),
+                borrowed_tokens=found.borrowed,
+            )
+        )
+        del found, hessian, conditioned
+    return _joined(hessians) if hessians else None, Factors.together(factors) if factors else None, reports
+
+
+def _check_finite(solution: Solution, batch: list[LayerPlan]) -> None:
+    """Refuse codebooks that are not numbers.
+
+    Raises:
+        SolverError: Naming the first such layer.
+    """
+    finite = solution.codebook.isfinite().view(len(batch), -1).all(dim=1).tolist()
+    if not all(finite):
+        raise SolverError(batch[finite.index(False)].name, solution.codebook.device)
+
+
+def _codes(solution: Solution, own: slice, outputs: int) -> Codes:
+    """The rows of a layer, without those that its last group was filled up with."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor[own].flatten(0, 1)[:outputs]
+
+    overlay = solution.overlay and Overlay(rows(solution.overlay.columns), rows(solution.overlay.values))
+    return Codes(rows(solution.codes), rows(solution.codebook), overlay)
+
+
+def _relative(objectives: dict[str, Tensor], unit: Tensor, own: slice) -> dict[str, float]:
+    """A layer's objective after every stage, relative to its ``wᵀ H w``."""
+    whole = unit[own].sum().clamp_min(1e-300)
+    return {stage: float(value[own].sum() / whole) for stage, value in objectives.items()}
+
+
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def _together(parts: Sequence[Solution]) -> Solution:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guidedquant.solvers.products import PlainProduct, SplitProduct, split
+from hf_guidedquant.solvers.products import LowerProduct, PlainProduct, SplitProduct, split
 
 EPS32 = torch.finfo(torch.float32).eps
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -45,6 +45,19 @@ def test_products_are_as_accurate_as_fp32(groups, inputs, rows, device):
         assert ((result.double() - exact).abs() <= bound).all()
     rough = hessian[:, which].bfloat16().double() @ right.bfloat16().double()
     assert not ((rough - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", [slice(0, 7), slice(7, 30), slice(30, 41)])
+def test_of_a_triangular_matrix_no_zeros_are_multiplied(device, which):
+    matrix, right = operands(2, 41, 5, device)
+    lower = matrix.tril()
+    exact = lower[:, which].double() @ right.double()
+    # What would be multiplied with a zero is not read.
+    right[:, which.stop :] = torch.nan
+    result = LowerProduct(lower).rows(which, right)
+    bound = 41 * EPS32 * (lower[:, which].double().abs() @ right.nan_to_num().double().abs())
+    assert ((result.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

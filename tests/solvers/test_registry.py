@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_guidedquant.solvers import SOLVERS, SolverSpec
 from hf_guidedquant.solvers.hessian import condition
@@ -85,6 +86,27 @@ def test_the_same_input_gives_the_same_bytes(method):
     first, second = (method.solve(weight, statistics, SolverSpec(3)) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.codebook.view(torch.int16), second.codebook.view(torch.int16))
+
+
+class Operators(TorchDispatchMode):
+    """While entered, notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_done_that_sorts_to_be_deterministic(method):
+    """On a GPU these sort all the places that they write to, which takes long."""
+    weight, statistics = problem(method.statistics)
+    with Operators() as called:
+        method.solve(weight, statistics, SolverSpec(2))
+    assert "aten::gather" in called.names
+    assert not called.names & {"aten::scatter", "aten::scatter_", "aten::index_put", "aten::index_put_", "aten::put_"}
 
 
 def test_a_strided_weight_gives_what_its_copy_gives(method):

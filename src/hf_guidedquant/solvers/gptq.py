@@ -51,16 +51,17 @@ class Sweep:
         factor = torch.empty_like(hessian)
         for group, places in enumerate(order):
             factor[group] = _factor(hessian[group], places)
-        self._places = order.unsqueeze(1).expand_as(weight)
-        ordered = None if outliers is None else outliers.gather(-1, self._places)
-        self._problem = Problem(weight.gather(-1, self._places), factor, ordered, pieces=False)
+        places = order.unsqueeze(1).expand_as(weight)
+        # Where every input has gone. To gather is cheap; where torch is to be deterministic, a scatter sorts on a GPU.
+        self._back = order.argsort(dim=-1).unsqueeze(1).expand_as(weight)
+        ordered = None if outliers is None else outliers.gather(-1, places)
+        self._problem = Problem(weight.gather(-1, places), factor, ordered, lower=True)
 
     def codes(self, codebook: Tensor) -> Tensor:
         """Codes after the sweep, uint8 ``[G, R, K]``; the codebook is ascending, ``[G, R, L]``, with any spacing."""
         quantized = self._problem.weight.clone()
         self._problem.descend(quantized, codebook, cycles=1)
-        codes = nearest(codebook, quantized.mT)
-        return torch.empty_like(codes).scatter_(-1, self._places, codes)
+        return nearest(codebook, quantized.mT).gather(-1, self._back)
 
 
 def _factor(hessian: Tensor, order: Tensor) -> Tensor:

@@ -188,14 +188,16 @@ def chunked(curvature: Tensor, count: int) -> list[Tensor]:
     sizes = [len(part) for part in torch.arange(rows).tensor_split(min(count, rows))]
     room = torch.tensor(sizes, device=curvature.device).repeat(layers, 1)
     inside = curvature.new_zeros(layers, len(sizes), rows)  # which rows a chunk has
-    diagonal, each = _positive(curvature.diagonal(dim1=-2, dim2=-1)), torch.arange(layers, device=curvature.device)
+    chunks = torch.arange(len(sizes), device=curvature.device)
+    diagonal = _positive(curvature.diagonal(dim1=-2, dim2=-1))
     for row in range(rows):
         # Over the row's own diagonal besides it would be squared correlations, which is the same for all chunks.
         coupling = curvature[:, row].square() / diagonal
         cost = (inside @ coupling.unsqueeze(-1)).squeeze(-1)
         chosen = cost.masked_fill(room == 0, torch.inf).argmin(dim=-1)
-        inside[each, chosen, row] = 1
-        room[each, chosen] -= 1
+        taken = chosen.unsqueeze(-1) == chunks
+        inside[:, :, row] = taken
+        room -= taken.long()
     order = inside.argsort(dim=-1, descending=True, stable=True)
     return [order[:, number, :size].contiguous() for number, size in enumerate(sizes)]
 
@@ -230,7 +232,8 @@ def _rows(tensor: Tensor, own: Tensor) -> Tensor:
 
 
 def _put(tensor: Tensor, own: Tensor, rows: Tensor) -> None:
-    tensor.scatter_(1, own.unsqueeze(-1).expand_as(rows), rows)
+    # By whole rows: where torch is to be deterministic, a scatter would sort the places of all numbers on a GPU.
+    tensor[torch.arange(len(own), device=own.device).unsqueeze(-1), own] = rows
 
 
 def _positive(diagonal: Tensor) -> Tensor:

@@ -44,6 +44,13 @@ class PlainProduct:
         return torch.bmm(left.to(self.hessian.dtype), self.hessian)
 
 
+class LowerProduct(PlainProduct):
+    """Products with lower triangular matrices in the place of a Hessian, without the zeros on the right."""
+
+    def rows(self, which: slice, operand: Tensor) -> Tensor:
+        return torch.bmm(self.hessian[:, which, : which.stop], operand[:, : which.stop])
+
+
 class SplitProduct:
     """Products with an fp32 ``hessian [G, K, K]`` on tensor cores. Methods as those of :class:`PlainProduct`."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..triton_kernels import backend_for
 from .base import nearest, parts, round_codebook, sort_codebook
-from .products import PlainProduct, SplitProduct, has_tensor_cores
+from .products import LowerProduct, PlainProduct, SplitProduct, has_tensor_cores
 
 # Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
 # changes reach the rest of its panel by one matrix product; steps inside a block read the block's own changes.
@@ -51,18 +51,20 @@ class Problem:
     """The fixed part of a solve: weights ``[G, K, R]``, the Hessian, one over its diagonal, and how to multiply.
 
     ``outliers``, bool ``[G, R, K]``, are weights whose errors are zero: they pull at no other, belong to no codeword
-    and do not move. ``pieces`` is whether products may run on tensor cores, for which the Hessian is kept once more.
+    and do not move. Products run on tensor cores, for which the Hessian is kept once more; but not if it is ``lower``
+    triangular, as the factors that :mod:`.gptq` descends on.
     """
 
-    def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None, pieces: bool = True) -> None:
+    def __init__(self, weight: Tensor, hessian: Tensor, outliers: Tensor | None = None, lower: bool = False) -> None:
         self.weight = self.kept = weight.mT.contiguous()
         self.outliers = None if outliers is None else outliers.mT.contiguous()
         self.hessian = hessian.contiguous()
         self.diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         self.inverse = (1 / self.diagonal).contiguous()
         self.fused = weight.dtype == torch.float32 and backend_for(weight.device) != "torch"
-        split = pieces and self.fused and has_tensor_cores(weight.device)
-        self.product = SplitProduct(hessian) if split else PlainProduct(hessian)
+        split = self.fused and has_tensor_cores(weight.device)
+        kind = LowerProduct if lower else SplitProduct if split else PlainProduct
+        self.product: PlainProduct | SplitProduct = kind(hessian)
 
     def towards(self, target: Tensor, weight: Tensor, outliers: Tensor | None) -> "Problem":
         """The problem of other values ``target [G, R, K]`` under the same Hessian; outliers keep their weights."""

@@ -248,12 +248,12 @@ def prefill_kernel(
             for HALF in gl.static_range(2):
                 mbarrier.wait(arrived.index(stage), phase)
                 sums = warpgroup_mma(weights.index(HALF), x.index(stage).permute((1, 0)), sums, is_async=True)
+                # Now the half before is multiplied, and its weights and activations may be overwritten.
+                sums = warpgroup_mma_init(warpgroup_mma_wait(1, [sums]))
                 if HALF == 0:
                     following = _decode(words, top, bottom, 1, BITS, WARPS)
                 else:
                     following = _decode(ahead, top, bottom, 0, BITS, WARPS)
-                # Now the half before is multiplied, and its weights and activations may be overwritten.
-                sums = warpgroup_mma_init(warpgroup_mma_wait(1, [sums]))
                 _barrier()
                 free = gl.where(stage == 0, STAGES - 1, stage - 1)
                 coming, token, column, left = _fetch(

@@ -34,7 +34,7 @@ def _lookup_2bit() -> str:
 
 
 def _lookup_3bit(half: int) -> str:
-    """$0-$7: 16 weights of word $8 (their low bits) and of a half of word $9 (their third bits); $10-$13: byte tables."""
+    """$0-$7: 16 weights of word $8 (their low bits) and half of word $9 (third bits); $10-$13: byte tables."""
     lines = ["{ .reg .b32 y, t, l, h;"]
     for group in range(2):
         shift = {0: "shl.b32 y, $9, 2;", 1: "shl.b32 y, $9, 1;", 2: "", 3: "shr.u32 y, $9, 1;"}[2 * half + group]

@@ -1,5 +1,6 @@
 """Things that once went wrong, each by its symptom."""
 
+import os
 import pickle
 
 import pytest
@@ -161,6 +162,17 @@ def test_the_old_way_of_allowing_tf32_survives(value):
         assert torch.get_float32_matmul_precision() == value
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("value", [None, ":16:8"])
+def test_the_workspace_of_cublas_is_set_for_a_while_and_that_of_the_caller_stays(value, monkeypatch):
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv(name, value)
+    with reproducible():
+        assert os.environ[name] == (value or ":4096:8")
+    assert os.environ.get(name) == value
 
 
 def test_a_quantized_model_loads_with_layers_on_disk(llama, tmp_path):

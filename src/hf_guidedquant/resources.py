@@ -1,6 +1,6 @@
 """Memory that is free, and arithmetic that comes out the same every time."""
 
-import warnings
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +47,23 @@ def compute_device(home: torch.device, wanted: str | None = None) -> torch.devic
 
 
 @contextmanager
+def cublas_workspace() -> Iterator[None]:
+    """The workspace that torch asks for where products of cuBLAS must be deterministic, unless the caller has set one.
+
+    torch looks for it at every product. On one stream cuBLAS is deterministic without it too, but then every product
+    of deterministic mode pays for a warning.
+    """
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    missing = name not in os.environ
+    os.environ.setdefault(name, ":4096:8")
+    try:
+        yield
+    finally:
+        if missing:
+            os.environ.pop(name, None)
+
+
+@contextmanager
 def reproducible() -> Iterator[None]:
     """Deterministic kernels and full fp32 products inside; the caller's settings come back afterwards.
 
@@ -60,9 +77,7 @@ def reproducible() -> Iterator[None]:
     # torch 2.9 renamed the switch, and refuses programs that mix both names.
     switch, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     precision = getattr(matmul, switch)
-    with warnings.catch_warnings():
-        # On one stream cuBLAS is deterministic without the workspace setting that this warning asks for.
-        warnings.filterwarnings("ignore", message=".*CUBLAS_WORKSPACE_CONFIG.*")
+    with cublas_workspace():
         try:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

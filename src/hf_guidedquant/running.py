@@ -1,7 +1,6 @@
 """Run a model another way for a while: as in evaluation, with little memory, with the same gradients every time."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -12,6 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .resources import cublas_workspace
 
 logger = logging.getLogger(__name__)
 
@@ -95,22 +96,19 @@ def repeatable_backward(device: torch.device, trial: Callable[[], object]) -> It
     # Strict mode fills all new memory, which nothing here reads.
     strict: Any = torch.utils.deterministic
     fills = strict.fill_uninitialized_memory
-    # cuBLAS reads this at every product; strict mode refuses to run without it.
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        torch.use_deterministic_algorithms(True)
-        strict.fill_uninitialized_memory = False
+    with cublas_workspace():
         try:
-            trial()
-        except RuntimeError as error:
-            if "determinis" not in str(error):
-                raise
-            logger.warning("The gradients of this model are not repeatable bit for bit: %s", str(error).split(".")[0])
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        strict.fill_uninitialized_memory = fills
-        if workspace is None:
-            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+            torch.use_deterministic_algorithms(True)
+            strict.fill_uninitialized_memory = False
+            try:
+                trial()
+            except RuntimeError as error:
+                if "determinis" not in str(error):
+                    raise
+                reason = str(error).split(".")[0]
+                logger.warning("The gradients of this model are not repeatable bit for bit: %s", reason)
+                torch.use_deterministic_algorithms(True, warn_only=True)
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            strict.fill_uninitialized_memory = fills

@@ -1,5 +1,6 @@
 """The command line: what its commands print, and its exit codes."""
 
+import importlib
 import inspect as inspect_module
 import io
 import json
@@ -513,6 +514,9 @@ OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
 
 def run_optimum(*arguments, code=OPTIMUM):
     pytest.importorskip("optimum.commands.base")
+    folders = importlib.import_module("optimum.commands.register").__path__
+    if sum(Path(folder, "register_guidedquant.py").exists() for folder in folders) > 1:
+        pytest.skip("optimum-cli finds the command twice: another copy of the package is installed")
     return run(*arguments, program=("-c", code), env={**os.environ, "PYTHONPATH": str(SOURCE)})
 
 

@@ -41,7 +41,7 @@ from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import linear_shape, size_of, stored_weight, tensors_of
 from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
-from .page import PAGE_FILE, write_page
+from .page import PAGE_FILE, leave_page
 from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
 from .report import Report
 from .resources import VISIT_SHARE, free_memory, reproducible
@@ -154,17 +154,8 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
         if config.run_dir is not None:
-            _leave_page(summary, Path(config.run_dir) / PAGE_FILE)
+            leave_page(summary, Path(config.run_dir) / PAGE_FILE)
     return summary
-
-
-def _leave_page(summary: Report, file: Path) -> None:
-    """Show the run in its folder. A model is not lost because a page about it cannot be written."""
-    try:
-        write_page(summary, file)
-        logger.info("What was done to every layer: %s", file)
-    except (OSError, ValueError, LookupError, ArithmeticError) as error:
-        logger.warning("%s cannot be written: %s", file, error)
 
 
 def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:

@@ -1,5 +1,7 @@
 """Families of models that no other test has: what of them is quantized; they are saved, loaded, and generate."""
 
+import copy
+
 import pytest
 import torch
 from conftest import VOCABULARY, token_rows
@@ -7,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     OPTConfig,
     Phi3Config,
@@ -16,6 +19,7 @@ from transformers import (
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.errors import NoLinearLayersError
 from hf_guidedquant.linears import is_linear
 from hf_guidedquant.nn import quantized_modules
 
@@ -105,3 +109,30 @@ def test_with_a_codeword_per_weight_the_logits_are_those_of_rounded_weights(fami
         weight.mul_(1 + signs * 2**-11)
     distance, allowed = ((logits(other) - logits(dense)).norm() for other in (model, moved))
     assert 0 < distance < allowed
+
+
+@pytest.mark.parametrize("method", ["squeezellm", "rtn"])
+def test_layers_that_are_never_called_stay_as_they_are(method, caplog, tmp_path):
+    """Mamba multiplies with the weights of ``dt_proj`` itself."""
+    dense = dense_model(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=8))
+    own = [f"backbone.layers.{block}.mixer.dt_proj" for block in range(2)]
+    settings = GuidedQuantConfig(bits=4, method=method, dataset=token_rows())
+    forecast = hf_guidedquant.plan(dense, settings, probe=False)
+    caplog.clear()
+    model = hf_guidedquant.quantize(copy.deepcopy(dense), settings)
+    assert f"Not quantized: {', '.join(own)}. MambaForCausalLM never calls these layers" in caplog.text
+    layers = {f"backbone.layers.{block}.mixer.{name}_proj" for block in range(2) for name in ("in", "x", "out")}
+    assert quantized_modules(model).keys() == layers == {layer.name for layer in forecast.layers}
+    assert {f"{name}.weight" for name in own} <= forecast.skipped.keys() == model.quantization_report.skipped.keys()
+    for name in own:
+        assert torch.equal(model.get_submodule(name).weight, dense.get_submodule(name).weight)
+    hf_guidedquant.save(model, tmp_path / "quantized")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
+    assert torch.isfinite(logits(model)).all() and torch.equal(logits(again), logits(model))
+
+
+def test_a_model_that_calls_no_layer_is_refused():
+    dense = dense_model(MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=VOCABULARY, state_size=8))
+    settings = GuidedQuantConfig(bits=4, dataset=token_rows(), modules_to_not_convert=["in_proj", "x_proj", "out_proj"])
+    with pytest.raises(NoLinearLayersError, match="calls no linear layer"):
+        hf_guidedquant.quantize(dense, settings)

@@ -29,6 +29,7 @@ from .calibration import (
     lend,
     load_rows,
     open_statistics,
+    outline,
     outline_for,
     place_for,
     relay_for,
@@ -42,7 +43,7 @@ from .fingerprint import environment, model_fingerprint, versions
 from .linears import linear_shape, size_of, stored_weight, tensors_of
 from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
 from .page import PAGE_FILE, leave_page
-from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
+from .plan import LayerPlan, Plan, called_only, plan_layers, quantized_embeddings
 from .report import Report
 from .resources import VISIT_SHARE, free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -93,9 +94,11 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
-            layers_plan = within_budget(model, config, layers_plan, calibration, workers)
-            workers.check_agreement(_common(model, config, layers_plan, calibration))
             drawn = outline_for(model, config, calibration)
+            run_once = outline(model, 1, False, place_for(config)) if calibration is None else drawn
+            layers_plan = called_only(model, layers_plan, run_once.reads)
+            layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
+            workers.check_agreement(_common(model, config, layers_plan, calibration))
             if config.reconstruct:
                 check_blocks(model, drawn)
             work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)

@@ -1,8 +1,10 @@
 """The command line: what its commands print, and its exit codes."""
 
+import importlib
 import inspect as inspect_module
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from hf_guidedquant.commands import config_of
 from hf_guidedquant.evaluate import TASKS, compare, perplexity
 from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
+from hf_guidedquant.page import report_page
 
 SOURCE = Path(hf_guidedquant.__file__).parent.parent
 COMMANDS = ["plan", "quantize", "convert", "evaluate", "inspect", "report", "chat"]
@@ -185,7 +188,8 @@ def test_quantize_gives_what_the_library_gives(dense, text, quantized, tmp_path)
     config = GuidedQuantConfig(bits=3, method="squeezellm", dataset=text, num_samples=4, seq_len=32)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config)
     hf_guidedquant.save(model, tmp_path / "model", AutoTokenizer.from_pretrained(dense))
-    assert {file.name for file in Path(quantized).iterdir()} == {file.name for file in (tmp_path / "model").iterdir()}
+    saved = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {file.name for file in Path(quantized).iterdir()} == saved | {"report.html"}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert Path(quantized, name).read_bytes() == (tmp_path / "model" / name).read_bytes(), name
 
@@ -195,6 +199,21 @@ def test_quantize_prints_its_report(capsys, dense, tmp_path):
     told = json.loads(printed(capsys, "quantize", dense, str(out), "--method", "rtn", "--dtype", "bfloat16", "--json"))
     assert told == json.loads((out / "guidedquant_report.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_quantize_leaves_a_page_without_paths_or_texts(caplog, dense, text, tmp_path):
+    out = tmp_path / "out"
+    with caplog.at_level(logging.INFO, "hf_guidedquant"):
+        assert main(["quantize", dense, str(out), "--dataset", text, *QUICK]) == 0
+    assert f"What was done to every layer: {out / 'report.html'}" in caplog.text
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page == report_page(out)
+    line = Path(text).read_text(encoding="utf-8").partition("\n")[0]
+    assert len(line) > 8
+    assert not [private for private in (dense, text, str(tmp_path), line) if private in page]
+    # A page is no part of what checksums and pre-flight look at.
+    (out / "report.html").write_text("")
+    inspect(out, verify=True)
 
 
 def test_a_filled_output_folder_is_refused_before_any_work(capsys, tmp_path):
@@ -210,6 +229,7 @@ def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
         assert done.returncode == 0, done.stderr
         files = hub.find("me/pushed").files()
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= files.keys()
+    assert "report.html" not in files
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
@@ -513,6 +533,9 @@ OPTIMUM = "from optimum.commands.optimum_cli import main; main()"
 
 def run_optimum(*arguments, code=OPTIMUM):
     pytest.importorskip("optimum.commands.base")
+    folders = importlib.import_module("optimum.commands.register").__path__
+    if sum(Path(folder, "register_guidedquant.py").exists() for folder in folders) > 1:
+        pytest.skip("optimum-cli finds the command twice: another copy of the package is installed")
     return run(*arguments, program=("-c", code), env={**os.environ, "PYTHONPATH": str(SOURCE)})
 
 

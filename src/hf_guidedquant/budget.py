@@ -20,9 +20,9 @@ from .calibration import (
     Calibration,
     Footprint,
     LayerStatistics,
+    Outline,
     divide,
     gather,
-    outline_for,
     place_for,
     relay_for,
 )
@@ -44,6 +44,7 @@ def within_budget(
     config: GuidedQuantConfig,
     layers_plan: Plan,
     calibration: Calibration | None,
+    drawn: Outline,
     workers: Workers,
 ) -> Plan:
     """The plan with widths whose mean is at most ``config.bits``, if that is a float; else the plan as it is.
@@ -54,7 +55,7 @@ def within_budget(
     if calibration is None or not isinstance(config.bits, float):
         return layers_plan
     layers, widths = undecided(model, config, layers_plan), widths_near(config.bits)
-    statistics = _diagonals(model, replace(config, statistics=None), diagonal_only(layers), calibration, workers)
+    statistics = _diagonals(model, replace(config, statistics=None), diagonal_only(layers), calibration, drawn, workers)
     losses = {}
     for layer in layers:
         hessian = statistics.pop(layer.name).hessian
@@ -97,9 +98,9 @@ def _diagonals(
     config: GuidedQuantConfig,
     layers: Sequence[LayerPlan],
     calibration: Calibration,
+    drawn: Outline,
     workers: Workers,
 ) -> dict[str, LayerStatistics]:
-    drawn = outline_for(model, config, calibration)
     segments = workers.tell(
         divide(Footprint(model, layers, drawn, place_for(config)), config, len(calibration.rows)), 0
     )

@@ -255,7 +255,7 @@ _COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]]
         _planning,
     ),
     "quantize": (
-        "Quantize a model, and save it with its tokenizer in a new folder.",
+        "Quantize a model, and save it with its tokenizer, and a page about the run, in a new folder.",
         "HuggingFaceTB/SmolLM2-135M-Instruct SmolLM2-3bit --bits 3",
         _quantizing,
     ),

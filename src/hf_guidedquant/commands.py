@@ -29,7 +29,8 @@ from .forecast import plan
 from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
-from .page import write_page
+from .page import PAGE_FILE, leave_page, write_page
+from .workers import Workers
 
 # What --speed reads before it generates: the beginning of the built-in text.
 _PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
@@ -42,7 +43,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    """Quantize a model and save it; the output folder is checked before anything takes time."""
+    """Quantize a model and save it with a page about the run; the output folder is checked before all else."""
     check_output_folder(options.out)
     config = config_of(options)
     tokenizer = _tokenizer(options.model)
@@ -52,6 +53,8 @@ def _quantize(options: argparse.Namespace) -> None:
         options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
     )
     folder = save(model, options.out, processor)
+    if Workers(meet=False).first:
+        leave_page(model.quantization_report, folder / PAGE_FILE)
     if options.push_to_hub:
         model.push_to_hub(options.push_to_hub)
         processor.push_to_hub(options.push_to_hub)

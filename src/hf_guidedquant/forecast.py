@@ -20,7 +20,7 @@ from .errors import ModelError
 from .experts import unfused
 from .linears import linear_shape, size_of, tensors_of, vocabulary_layers
 from .nn import WEIGHTS_AT_A_TIME
-from .plan import LayerPlan, Plan, plan_layers
+from .plan import LayerPlan, Plan, called_only, plan_layers
 from .probe import Machine, calibration_seconds, distillation_seconds, reconstruction_seconds, solving_seconds
 from .report import align, sizes
 from .resources import VISIT_SHARE, WEIGHTS_SHARE, compute_device, free_memory, total_memory
@@ -106,7 +106,7 @@ def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
     run = _Run(subject, config, decided)
     memory, segments = run.memory()
     return Forecast(
-        **{part.name: getattr(decided, part.name) for part in fields(Plan)},
+        **{part.name: getattr(run.decided, part.name) for part in fields(Plan)},
         segments=segments,
         memory={str(where): size for where, size in memory.items()},
         seconds=run.seconds(segments) if probe else {},
@@ -117,16 +117,18 @@ class _Run:
     """What a run does with a model, stage by stage."""
 
     def __init__(self, model: Any, config: GuidedQuantConfig, decided: Plan) -> None:
-        self._model, self._config, self._decided = model, config, decided
+        self._model, self._config = model, config
         self._rows, self._device = config.num_samples, compute_device(_HOST, config.device)
         self._fits = self._device.type != "cpu" and size_of(model) <= WEIGHTS_SHARE * total_memory(self._device)
         self._block_wise, self._end_to_end = config.reconstruct_spec, config.distill_spec
-        self._undecided = diagonal_only(undecided(model, config, decided))
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", config.seq_len)
         self._tokens = min(config.seq_len, longest)
         training = bool(self._block_wise or self._end_to_end)
-        needs_data = decided.needs_data or bool(self._undecided) or training
+        needs_data = decided.needs_data or bool(undecided(model, config, decided)) or training
         self._drawn = outline(model, self._tokens, config.guided, self._place) if needs_data else Outline()
+        run_once = self._drawn if needs_data else outline(model, 1, False, self._place)
+        self.decided = called_only(model, decided, run_once.reads)
+        self._undecided = diagonal_only(undecided(model, config, self.decided))
         if self._block_wise:
             check_blocks(model, self._drawn)
         # Training has gradients, whatever calibration does.
@@ -136,12 +138,12 @@ class _Run:
     def memory(self) -> tuple[Counter[torch.device], int]:
         """The most bytes in use on every device, weights included; and the number of segments."""
         weights = self._footprint(self._drawn)
-        calibration, segments = self._calibration(self._decided.layers)
+        calibration, segments = self._calibration(self.decided.layers)
         stages = [calibration]
         if self._block_wise:
             stages.append(self._reconstruction(self._block_wise))
         for stage in stages:
-            stage[_HOST] += sum(layer.packed_bytes for layer in self._decided.layers)
+            stage[_HOST] += sum(layer.packed_bytes for layer in self.decided.layers)
         if self._end_to_end:
             stages += self._distillation(self._end_to_end)
             hidden = linear_shape(output_head(self._model))[1]
@@ -160,14 +162,14 @@ class _Run:
 
     def seconds(self, segments: int) -> dict[str, float]:
         """Time by stage."""
-        layers, found, machine = self._decided.layers, {}, cache(Machine)
+        layers, found, machine = self.decided.layers, {}, cache(Machine)
         calibrated = machine(self._device, self._model.dtype)
         if self._undecided:
             widths = widths_near(float(self._config.bits))
             found["data"] = calibration_seconds(calibrated, self._drawn, self._undecided, self._rows, segments)
             tried = [replace(layer, bits=bits) for layer in self._undecided for bits in widths]
             found["data"] += solving_seconds(tried, self._config, self._device)
-        if self._decided.needs_data:
+        if self.decided.needs_data:
             found["calibration"] = calibration_seconds(calibrated, self._drawn, layers, self._rows, segments)
         found["solving"] = solving_seconds(layers, self._config, self._device)
         if self._block_wise:
@@ -176,7 +178,7 @@ class _Run:
                 trained, self._trained, layers, self._rows, self._block_wise
             )
         if self._end_to_end:
-            device = self._whole(self._decided.dense_bytes)(self._model.device)
+            device = self._whole(self.decided.dense_bytes)(self._model.device)
             trained = machine(device, self._products(device))
             head = linear_shape(output_head(self._model))
             trainable = [layer for layer in layers if layer.name not in vocabulary_layers(self._model)]
@@ -203,11 +205,11 @@ class _Run:
 
     def _distillation(self, spec: DistillSpec) -> list[Counter[torch.device]]:
         """Bytes beside the weights, of the original's pass over the rows and of the training."""
-        place = self._whole(self._decided.dense_bytes)
+        place = self._whole(self.decided.dense_bytes)
         prediction = self._footprint(self._trained, place=place).prediction(
             stack_size(self._tokens, self._rows * self._tokens)
         )
-        place, stack = self._whole(self._decided.quantized_bytes), self._stack(spec)
+        place, stack = self._whole(self.decided.quantized_bytes), self._stack(spec)
         head = linear_shape(output_head(self._model))
         distillation = self._footprint(self._trained, place=place).distillation(
             stack,
@@ -222,7 +224,7 @@ class _Run:
         self, drawn: Outline, layers: Sequence[LayerPlan] | None = None, place: _Place | None = None
     ) -> Footprint:
         return Footprint(
-            self._model, self._decided.layers if layers is None else layers, drawn, place or self._place, self._home
+            self._model, self.decided.layers if layers is None else layers, drawn, place or self._place, self._home
         )
 
     def _stack(self, spec: ReconstructSpec | DistillSpec) -> int:

@@ -29,6 +29,7 @@ from .calibration import (
     lend,
     load_rows,
     open_statistics,
+    outline,
     outline_for,
     place_for,
     relay_for,
@@ -41,8 +42,8 @@ from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
 from .linears import linear_shape, size_of, stored_weight, tensors_of
 from .nn import GuidedEmbedding, GuidedLinear, quantized_modules, replace_module, scale_of, tie_codes
-from .page import PAGE_FILE, write_page
-from .plan import LayerPlan, Plan, plan_layers, quantized_embeddings
+from .page import PAGE_FILE, leave_page
+from .plan import LayerPlan, Plan, called_only, plan_layers, quantized_embeddings
 from .report import Report
 from .resources import VISIT_SHARE, free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
@@ -93,9 +94,11 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     ):
         with _timed("data", seconds):
             calibration = _calibration(model, config, layers_plan)
-            layers_plan = within_budget(model, config, layers_plan, calibration, workers)
-            workers.check_agreement(_common(model, config, layers_plan, calibration))
             drawn = outline_for(model, config, calibration)
+            run_once = outline(model, 1, False, place_for(config)) if calibration is None else drawn
+            layers_plan = called_only(model, layers_plan, run_once.reads)
+            layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
+            workers.check_agreement(_common(model, config, layers_plan, calibration))
             if config.reconstruct:
                 check_blocks(model, drawn)
             work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
@@ -154,17 +157,8 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
         if config.run_dir is not None:
-            _leave_page(summary, Path(config.run_dir) / PAGE_FILE)
+            leave_page(summary, Path(config.run_dir) / PAGE_FILE)
     return summary
-
-
-def _leave_page(summary: Report, file: Path) -> None:
-    """Show the run in its folder. A model is not lost because a page about it cannot be written."""
-    try:
-        write_page(summary, file)
-        logger.info("What was done to every layer: %s", file)
-    except (OSError, ValueError, LookupError, ArithmeticError) as error:
-        logger.warning("%s cannot be written: %s", file, error)
 
 
 def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:

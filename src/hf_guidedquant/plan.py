@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,6 +182,33 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             f"{type(model).__name__} has no linear layer to quantize"
             + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
         )
+    return Plan(tuple(layers), skipped, *_sizes(model, layers))
+
+
+def called_only(model: nn.Module, layers_plan: Plan, called: Collection[str]) -> Plan:
+    """The plan without linear layers that the model never calls. Mamba, for one, multiplies with a weight by itself.
+
+    Args:
+        model: The model of the plan.
+        layers_plan: The plan.
+        called: Names of the linear layers that are called when it runs; none if that is not known.
+
+    Raises:
+        NoLinearLayersError: Nothing is left to quantize.
+    """
+    names = [layer.name for layer in layers_plan.layers if is_linear(model.get_submodule(layer.name))]
+    idle = [name for name in names if called and name not in called]
+    if not idle:
+        return layers_plan
+    logger.warning(
+        "Not quantized: %s. %s never calls these layers, so their weights must stay weights.",
+        listed(idle, 8),
+        type(model).__name__,
+    )
+    layers = [layer for layer in layers_plan.layers if layer.name not in idle]
+    if not layers:
+        raise NoLinearLayersError(f"{type(model).__name__} calls no linear layer that could be quantized.")
+    skipped = layers_plan.skipped | {f"{name}.weight": "unsupported: the layer is never called" for name in idle}
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
 
 

@@ -6,6 +6,7 @@ itself forbids its browser to load anything, or to run any other script than its
 
 import base64
 import hashlib
+import logging
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..errors import CheckpointError
 from ..report import Report, load_report
 from .markup import tag
 from .sections import sections, title_of
+
+logger = logging.getLogger(__name__)
 
 PAGE_FILE = "report.html"
 
@@ -42,6 +45,14 @@ def write_page(source: Report | str | os.PathLike, file: str | os.PathLike | Non
         written.write_text(text, encoding="utf-8")
         written.replace(target)
     return target
+
+
+def leave_page(report: Report, file: Path) -> None:
+    """Show a run that has ended in ``file``. A model is not lost because a page about it cannot be written."""
+    try:
+        logger.info("What was done to every layer: %s", write_page(report, file))
+    except (OSError, ValueError, LookupError, ArithmeticError) as error:
+        logger.warning("%s cannot be written: %s", file, error)
 
 
 def report_page(source: Report | str | os.PathLike) -> str:

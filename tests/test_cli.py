@@ -203,6 +203,15 @@ def test_a_filled_output_folder_is_refused_before_any_work(capsys, tmp_path):
     assert message.startswith("OutputFolderError: ") and str(tmp_path) in message
 
 
+def test_a_quantized_model_is_refused_before_any_work(capsys, monkeypatch, quantized, tmp_path):
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    out = tmp_path / "out"
+    for arguments in (["quantize", quantized, str(out), "--bits", "4"], ["plan", quantized]):
+        message = refused(capsys, *arguments)
+        assert message.startswith("AlreadyQuantizedError: ") and "guidedquant" in message
+    assert not out.exists()
+
+
 def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
     with HubServer() as hub:
         arguments = ["quantize", dense, str(tmp_path / "out"), "--method", "rtn", "--push-to-hub", "me/pushed"]
@@ -488,16 +497,35 @@ def config_error():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    "arguments",
     [
-        (["plan", "{folder}"], "ModelError"),
-        (["quantize", "{folder}", "{folder}/out"], "TokenizerMissingError"),
-        (["evaluate", "{folder}", "--text", "{folder}/none.txt"], "FileNotFoundError"),
-        (["chat", "{folder}"], "TokenizerMissingError"),
+        ["plan", "{folder}"],
+        ["quantize", "{folder}", "{folder}/out"],
+        ["evaluate", "{folder}", "--speed"],
+        ["chat", "{folder}"],
     ],
 )
-def test_a_folder_without_a_model_is_an_error_too(capsys, tmp_path, arguments, error):
-    assert refused(capsys, *(argument.format(folder=tmp_path) for argument in arguments)).startswith(error + ": ")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "no folder of a model: there is no config.json in it"),
+        ("/mistyped", "There is no folder {}, and a model of the Hub cannot have that name."),
+    ],
+)
+def test_a_folder_without_a_model_is_an_error_too(capsys, tmp_path, arguments, name, problem):
+    folder = f"{tmp_path}{name}"
+    message = refused(capsys, *(argument.format(folder=folder) for argument in arguments))
+    assert message.startswith("ModelError: ") and problem.format(folder) in message
+
+
+def test_a_name_that_the_hub_does_not_give_is_told_as_one(capsys):
+    message = refused(capsys, "chat", "owner/no-such-model")
+    assert message.startswith("ModelError: owner/no-such-model is no folder, and could not be had from the Hub: ")
+
+
+def test_a_model_without_a_tokenizer_says_that_it_lacks_one(capsys, dense, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert refused(capsys, "chat", str(tmp_path)).startswith("TokenizerMissingError: ")
 
 
 def test_ctrl_c_is_130(monkeypatch, dense):

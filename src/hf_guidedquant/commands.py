@@ -8,9 +8,9 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TextStreamer
+from transformers import AutoProcessor, AutoTokenizer, TextStreamer
 
-from .auto import auto_class, pipeline_task
+from .auto import auto_class, check_unquantized, pipeline_task, read_config
 from .calibration.kinds import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import GuidedQuantConfig
@@ -45,8 +45,9 @@ def _quantize(options: argparse.Namespace) -> None:
     """Quantize a model and save it; the output folder is checked before anything takes time."""
     check_output_folder(options.out)
     config = config_of(options)
+    model_config = read_config(options.model)
+    check_unquantized(model_config)
     tokenizer = _tokenizer(options.model)
-    model_config = AutoConfig.from_pretrained(options.model)
     processor = _processor(options.model, tokenizer) if "image" in pipeline_task(model_config) else tokenizer
     model: Any = auto_class(model_config).from_pretrained(
         options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
@@ -158,6 +159,7 @@ def _tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
+        read_config(model)  # Of a model that is not there, the tokenizer is not what is missed.
         raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
 
 
@@ -170,7 +172,7 @@ def _processor(model: str, tokenizer: Any) -> Any:
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:
-    kind = auto_class(AutoConfig.from_pretrained(name))
+    kind = auto_class(read_config(name))
     model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)
     return model

@@ -43,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Fields that count when a model is loaded that is quantized already.
+_LOADING = ("cache_dequantized", "fuse_layers")
+
 # Fields that are written to config.json. Everything else concerns one run and never reaches a file.
 PERSISTED = (
     "format_version",
@@ -336,8 +339,21 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         return new
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Settings that a user may pass when loading a model that is quantized already."""
-        return {"cache_dequantized": self.cache_dequantized, "fuse_layers": self.fuse_layers}
+        """Settings that a user may pass when loading a model that is quantized already.
+
+        Transformers asks for them then, and drops all others: which of those were given is said in a warning.
+        """
+        loading = {name: getattr(self, name) for name in _LOADING}
+        default = GuidedQuantConfig(**loading)
+        names = (f.name for f in dataclasses.fields(self))
+        if dropped := [name for name in names if getattr(self, name) != getattr(default, name)]:
+            logger.warning(
+                "The model is quantized already, so it stays as it was saved: of the settings given, %s %s not applied. "
+                "For another quantization load the full-precision original.",
+                listed(dropped, 20),
+                "is" if len(dropped) == 1 else "are",
+            )
+        return loading
 
     @property
     def reconstruct_spec(self) -> ReconstructSpec | None:

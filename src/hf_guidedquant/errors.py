@@ -54,6 +54,11 @@ class NoLinearLayersError(ModelError):
 class AlreadyQuantizedError(ModelError):
     """The model was quantized before, by this or by another method."""
 
+    def __init__(self, method: object) -> None:
+        super().__init__(
+            f"This model is quantized already ({method or 'unknown method'}). Load the full-precision original instead."
+        )
+
 
 class NonFiniteWeightError(ModelError):
     """A weight of the model holds NaN or infinity."""

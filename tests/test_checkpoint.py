@@ -310,7 +310,7 @@ def test_a_config_passed_for_a_quantized_checkpoint_is_not_used_and_a_warning_sa
     given = GuidedQuantConfig(bits=2, method="rtn", dataset=token_rows())
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         loaded = load(saved, quantization_config=given)
-    assert "of the settings given, bits, method, dataset are not applied" in caplog.text
+    assert "Of the settings given, bits, method, dataset are not applied" in caplog.text
     caplog.clear()
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         load(saved, quantization_config=GuidedQuantConfig(cache_dequantized=True, fuse_layers=False))

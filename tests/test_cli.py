@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, P
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli, commands
+from hf_guidedquant.checkpoint import check_output_folder
 from hf_guidedquant.checksums import write_checksums
 from hf_guidedquant.cli import main
 from hf_guidedquant.commands import config_of
@@ -201,6 +202,53 @@ def test_a_filled_output_folder_is_refused_before_any_work(capsys, tmp_path):
     (tmp_path / "file").touch()
     message = refused(capsys, "quantize", "no model of this name", str(tmp_path))
     assert message.startswith("OutputFolderError: ") and str(tmp_path) in message
+
+
+@pytest.mark.parametrize("out", ["{folder}/file/out", "/proc/out", "{folder}/" + "x" * 300])
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(capsys, tmp_path, command, out):
+    (tmp_path / "file").touch()
+    out = out.format(folder=tmp_path)
+    assert refused(capsys, command, "no model of this name", out).startswith(f"OutputFolderError: {out} cannot be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checking_an_output_folder_leaves_nothing_behind(tmp_path):
+    assert check_output_folder(tmp_path / "a" / "b" / "c") == tmp_path / "a" / "b" / "c"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "problem"),
+    [
+        ("me/pushed", {"offline": True, "token": "hf_x"}, "HF_HUB_OFFLINE"),
+        ("me/pushed", {"offline": False, "token": None}, "without a token"),
+        ("me/pushed/twice", {"offline": False, "token": "hf_x"}, "cannot be the name"),
+    ],
+)
+def test_an_upload_that_cannot_succeed_is_refused_first(capsys, monkeypatch, tmp_path, name, settings, problem):
+    monkeypatch.setattr(commands, "is_offline_mode", lambda: settings["offline"])
+    monkeypatch.setattr(commands, "get_token", lambda: settings["token"])
+    message = refused(capsys, "quantize", "no model of this name", str(tmp_path / "out"), "--push-to-hub", name)
+    assert message.startswith("UploadError: ") and problem in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "MODEL", "--device", "cuda:99"],
+        ["quantize", "MODEL", "OUT", "--device", "cuda:99", "--method", "rtn"],
+        ["quantize", "MODEL", "OUT", "--device-map", "cuda:99"],
+        ["quantize", "MODEL", "OUT", "--device-map", "nonsense"],
+        ["evaluate", "MODEL", "--speed", "--device-map", "cuda:99"],
+        ["chat", "MODEL", "--device-map", "cuda:99"],
+    ],
+)
+def test_a_device_that_is_not_there_is_told(capsys, monkeypatch, dense, tmp_path, arguments):
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    places = {"MODEL": dense, "OUT": str(tmp_path / "out")}
+    message = refused(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert message.startswith("DeviceError: ") and "This machine has: cpu" in message
 
 
 def test_a_quantized_model_is_refused_before_any_work(capsys, monkeypatch, quantized, tmp_path):

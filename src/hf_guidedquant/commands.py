@@ -8,13 +8,16 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor, AutoTokenizer, TextStreamer
 
 from .auto import auto_class, check_unquantized, pipeline_task, read_config
 from .calibration.kinds import builtin_text
 from .checkpoint import check_output_folder, save
 from .config import GuidedQuantConfig
-from .errors import TokenizerMissingError
+from .errors import TokenizerMissingError, UploadError
 from .evaluate import (
     Measurement,
     check_tasks,
@@ -30,6 +33,7 @@ from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
 from .page import write_page
+from .resources import check_device
 
 # What --speed reads before it generates: the beginning of the built-in text.
 _PROMPT_TOKENS, _PROMPT_CHARACTERS = 32, 2000
@@ -44,6 +48,9 @@ def _plan(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     """Quantize a model and save it; the output folder is checked before anything takes time."""
     check_output_folder(options.out)
+    if options.push_to_hub:
+        _check_upload(options.push_to_hub)
+    check_device(options.device_map)
     config = config_of(options)
     model_config = read_config(options.model)
     check_unquantized(model_config)
@@ -155,6 +162,18 @@ def config_of(options: argparse.Namespace) -> GuidedQuantConfig:
     return GuidedQuantConfig(**{name: value for name, value in vars(options).items() if name in known})
 
 
+def _check_upload(repository: str) -> None:
+    """Refuse an upload that cannot succeed, as far as this machine can tell."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UploadError(f"{repository} cannot be the name of a repository: {error}") from error
+    if is_offline_mode():
+        raise UploadError(f"{repository} cannot be uploaded to with HF_HUB_OFFLINE=1. Unset it.")
+    if get_token() is None:
+        raise UploadError(f"{repository} cannot be uploaded to without a token. Run `hf auth login`, or set HF_TOKEN.")
+
+
 def _tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
@@ -172,6 +191,7 @@ def _processor(model: str, tokenizer: Any) -> Any:
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:
+    check_device(options.device_map)
     kind = auto_class(read_config(name))
     model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)

@@ -348,7 +348,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         names = (f.name for f in dataclasses.fields(self))
         if dropped := [name for name in names if getattr(self, name) != getattr(default, name)]:
             logger.warning(
-                "The model is quantized already, so it stays as it was saved: of the settings given, %s %s not applied. "
+                "The model is quantized already, and stays as it was saved. Of the settings given, %s %s not applied. "
                 "For another quantization load the full-precision original.",
                 listed(dropped, 20),
                 "is" if len(dropped) == 1 else "are",

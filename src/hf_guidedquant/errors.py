@@ -167,7 +167,15 @@ class UnavailableBitsError(GuidedQuantError, ValueError):
 
 
 class OutputFolderError(GuidedQuantError, FileExistsError):
-    """The folder to write to exists and is not empty."""
+    """The folder to write to exists and is not empty, or it cannot be made."""
+
+
+class UploadError(GuidedQuantError, OSError):
+    """A model is to be uploaded to the Hub, and cannot be."""
+
+
+class DeviceError(GuidedQuantError, ValueError):
+    """A device is asked for that is not there."""
 
 
 class FolderUnusableError(GuidedQuantError, OSError):

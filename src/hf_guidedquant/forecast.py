@@ -15,7 +15,6 @@ from .auto import auto_class, check_unquantized, read_config
 from .budget import diagonal_only, undecided, widths_near
 from .calibration import Footprint, Outline, divide, outline, shelved, waiting
 from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
-from .errors import ModelError
 from .experts import unfused
 from .linears import linear_shape, size_of, tensors_of, vocabulary_layers
 from .nn import WEIGHTS_AT_A_TIME

@@ -270,6 +270,22 @@ def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("none.txt", None, "cannot be read: No such file"),
+        ("binary.txt", b"\xd6\xff", "is no text in UTF-8"),
+        ("texts.jsonl", b'{"text": "word1"}', "is JSON"),
+        ("empty.txt", b"", "at least 2 tokens"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_with_a_text(capsys, quantized, tmp_path, name, content, problem):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = refused(capsys, "evaluate", quantized, "--text", str(tmp_path / name), "--context", "32")
+    assert message.startswith("EvaluationError: ") and problem in message
+
+
 @pytest.mark.parametrize("lean", [[], ["--lean"]])
 def test_evaluate(capsys, quantized, text, lean):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(quantized), AutoTokenizer.from_pretrained(quantized)

@@ -49,8 +49,10 @@ _TEXTS = {
     "device": 'Where to compute, e.g. "cuda:1" or "cpu", if the weights lie in the CPU\'s memory (default: the first '
     "GPU, if there is one).",
     "statistics": "A folder that keeps the Hessians, so that other bits or methods need no pass over the same data.",
-    "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or any dataset '
-    """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'.""",
+    "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or of a .json or '
+    ".jsonl file of texts or chats (by themselves, or as text or messages of objects), or any dataset of the Hub, e.g. "
+    """'{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}', or a file or folder with another column, """
+    """e.g. '{"name": "chats.jsonl", "column": "conversation"}'.""",
 }
 # The library's own, which are not imported for the help: the context of perplexity, the usual tasks.
 _CONTEXT = 2048

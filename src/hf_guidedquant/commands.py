@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token, is_offline_mode
@@ -15,9 +14,10 @@ from transformers import AutoProcessor, AutoTokenizer, TextStreamer
 
 from .auto import auto_class, check_unquantized, pipeline_task, read_config
 from .calibration.kinds import builtin_text
+from .calibration.local import JSON_SUFFIXES, read_text
 from .checkpoint import check_output_folder, save
 from .config import GuidedQuantConfig
-from .errors import TokenizerMissingError, UploadError
+from .errors import EvaluationError, TokenizerMissingError, UploadError
 from .evaluate import (
     Measurement,
     check_tasks,
@@ -80,7 +80,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.wrong("nothing to measure: give --text, --speed or --tasks")
     if options.original and not options.text:
         options.wrong("--original needs --text")
-    text = Path(options.text).read_text(encoding="utf-8") if options.text else None
+    text = _text(options.text) if options.text else None
     if options.tasks:
         check_tasks(options.tasks)
     original = _load(options, options.original) if options.original else None
@@ -97,6 +97,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
     read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
     _show(options, told, comparison_table(found) + read)
+
+
+def _text(file: str) -> str:
+    """The text to measure on."""
+    if file.endswith(JSON_SUFFIXES):
+        raise EvaluationError(
+            f"{file} is JSON, and perplexity is of plain text: braces and keys would count. Write the texts to a file, "
+            "e.g. jq -r .text FILE > texts.txt."
+        )
+    return read_text(file, EvaluationError)
 
 
 def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:

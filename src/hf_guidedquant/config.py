@@ -185,10 +185,12 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         overrides: Settings of single modules by name or glob pattern, e.g. ``{"*.down_proj": {"bits": 4}}``. Keys:
             ``bits``, ``method``. A later entry wins over an earlier one.
         dataset: Calibration data: ``"builtin"`` (shipped with the package), ``"wikitext2"``, ``"c4"``, ``"redpajama"``
-            (through `datasets`), the path of a text file, a list of texts, a list of chats, a ``datasets.Dataset``, or
-            a list of 1-D LongTensors of token ids, which are used as they are. Any other dataset of the Hub is a
-            dictionary: ``name``, and if needed ``config``, ``split`` (default: ``"train"``) and ``column`` (of texts,
-            chats or token ids). Only its first records are read, as many as it takes.
+            (through `datasets`), the path of a text file, or of a ``.json`` or ``.jsonl`` file of texts, chats or
+            objects with a column ``text``, ``messages`` or ``input_ids``, a list of texts, a list of chats, a
+            ``datasets.Dataset``, or a list of 1-D LongTensors of token ids, which are used as they are. Any other
+            dataset of the Hub, a folder of files, or a file with other columns is a dictionary: ``name``, and if needed
+            ``config``, ``split`` (default: ``"train"``) and ``column`` (of texts, chats or token ids). Only its first
+            records are read, as many as it takes.
         assistant_only_loss: Of chats, the end loss counts only what the assistant says, so that weights are rounded
             by what they do to that. Chats where it says nothing are dropped. Needs ``guided``. Training afterwards
             (``reconstruct``, ``distill``) learns from all tokens.

@@ -283,7 +283,7 @@ def test_evaluate_says_what_is_wrong_with_a_text(capsys, quantized, tmp_path, na
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = refused(capsys, "evaluate", quantized, "--text", str(tmp_path / name), "--context", "32")
-    assert message.startswith("EvaluationError: ") and problem in message
+    assert "EvaluationError: " in message and problem in message
 
 
 @pytest.mark.parametrize("lean", [[], ["--lean"]])
@@ -394,7 +394,26 @@ def test_inspect_knows_settings_of_single_layers_and_shards(capsys, tmp_path):
     told = json.loads(printed(capsys, "inspect", str(tmp_path / "out"), "--verify", "--json"))
     kinds = {layer["name"].rpartition(".")[2]: (layer["bits"], layer["method"]) for layer in told["layers"]}
     assert [kinds[name] for name in ("down_proj", "up_proj", "q_proj")] == [(2, "rtn"), (4, "squeezellm"), (4, "rtn")]
-    assert told["files"] > 1 and told["verified"] is True
+    assert told["files"] == told["compared"] > 1 and told["verified"] is True
+
+
+def test_verify_says_what_was_compared(capsys, copy):
+    word_tokenizer().save_pretrained(copy)
+    (copy / "tokenizer.json").write_text("altered")
+    told = printed(capsys, "inspect", str(copy), "--verify")
+    assert "finite; 1 file of weights as in SHA256SUMS\n" in told
+    assert "not verified: all other files, such as the tokenizer's\n" in told
+    (copy / "SHA256SUMS").unlink()
+    assert "finite; no SHA256SUMS: the files were compared with nothing\n" in printed(
+        capsys, "inspect", str(copy), "--verify"
+    )
+    assert "verified" not in printed(capsys, "inspect", str(copy))
+
+
+def test_inspect_of_a_name_says_how_to_get_a_folder(capsys):
+    message = refused(capsys, "inspect", "owner/name")
+    assert message.startswith("CheckpointError: There is no folder owner/name.")
+    assert "hf download owner/name --local-dir FOLDER" in message
 
 
 def test_inspect_reads_every_architecture(any_model, tmp_path):

@@ -175,8 +175,8 @@ def _evaluating(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspecting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of a quantized model")
-    parser.add_argument("--verify", action="store_true", help="read all files: checksums, NaN, infinity")
+    parser.add_argument("folder", help="folder of a quantized model; hf download fetches one of the Hub")
+    parser.add_argument("--verify", action="store_true", help="read all weights: checksums, NaN, infinity")
     _add_json(parser)
 
 

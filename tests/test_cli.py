@@ -567,6 +567,27 @@ def test_wrong_usage_is_2(capsys, arguments):
     assert "usage: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["plan", "MODEL", "--bits", "zwei"], "--bits: 'zwei' is no number"),
+        (["plan", "MODEL", "--num-groups", "1.5"], "--num-groups: '1.5' is no integer"),
+        (["quantize", "MODEL", "OUT", "--dataset", "{name: x}"], "--dataset: '{name: x}' is no JSON: Expecting"),
+        (["chat", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens: 0 is less than 1"),
+        (["evaluate", "MODEL", "--speed", "--new-tokens", "x"], "--new-tokens: 'x' is no integer"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(capsys, arguments, problem):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"argument {problem}" in capsys.readouterr().err
+
+
+def test_report_of_a_folder_without_one_says_so(capsys, tmp_path):
+    message = refused(capsys, "report", str(tmp_path))
+    assert message.startswith(f"CheckpointError: There is no readable report in {tmp_path}: no guidedquant_report.json")
+
+
 def test_errors_are_told_in_a_line_without_a_traceback(tmp_path):
     done = run("plan", str(tmp_path), "--bits", "9")
     assert (done.returncode, done.stdout) == (1, "")
@@ -634,6 +655,12 @@ def test_optimum_lists_the_commands_without_loading_anything():
     assert all(command in done.stdout for command in COMMANDS)
     code = "import sys, optimum.commands.register.register_guidedquant; sys.exit('torch' in sys.modules)"
     assert run_optimum(code=code).returncode == 0
+
+
+def test_optimum_without_a_command_explains_them():
+    done = run_optimum("guidedquant")
+    assert done.returncode == 0 and "usage: optimum-cli guidedquant" in done.stdout
+    assert "Talk to a model" in done.stdout
 
 
 def test_optimum_runs_the_commands(capsys, quantized, tmp_path):

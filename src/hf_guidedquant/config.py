@@ -161,7 +161,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
-            outputs need not divide by it.
+            outputs need not divide by it, and a layer with fewer outputs has a group for each.
         output_curvature: After LNQ, better all outputs of a layer together, by how their errors depend on each other in
             the end loss. Costs ``outputs**2`` fp32 numbers per layer beside its Hessians, and one more product of the
             gradients with themselves. Needs ``guided`` and the method ``"lnq"``; layers with another method in

@@ -327,6 +327,31 @@ def test_evaluate_compares_models_with_their_original(capsys, dense, quantized, 
     assert [len(told["models"]), "KL" in printed(capsys, *arguments)] == [3, False]
 
 
+def test_an_original_with_another_vocabulary_is_refused_before_models_are_loaded(
+    capsys, monkeypatch, dense, quantized, text, tmp_path
+):
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer = json.loads(Path(dense, "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["word1"], words["word2"] = words["word2"], words["word1"]
+    for file in Path(dense).glob("tokenizer*"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    message = refused(capsys, "evaluate", quantized, "--text", text, "--original", str(tmp_path))
+    assert message.startswith("EvaluationError: ") and "other tokens" in message
+
+
+def test_evaluate_draws_a_picture(capsys, dense, quantized, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["evaluate", quantized, "--text", text, "--context", "32", "--picture", str(tmp_path / "picture.png")]
+    printed(capsys, *arguments, "--original", dense)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    arguments[-1] = str(tmp_path / "picture.mistyped")
+    arguments[1] = "no model of this name"
+    assert refused(capsys, *arguments).startswith("EvaluationError: ")
+
+
 def test_evaluate_measures_speed(capsys, quantized):
     arguments = ["evaluate", quantized, "--speed", "--new-tokens", "3"]
     (told,) = json.loads(printed(capsys, *arguments, "--json"))["models"]
@@ -558,6 +583,7 @@ def test_chat_generates(quantized):
         ["evaluate", "MODEL"],
         ["evaluate", "--text", "FILE"],
         ["evaluate", "MODEL", "--speed", "--original", "MODEL"],
+        ["evaluate", "MODEL", "--speed", "--picture", "FILE"],
     ],
 )
 def test_wrong_usage_is_2(capsys, arguments):

@@ -46,6 +46,8 @@ _QUANTIZE_FIELDS = (
 # Without what the class takes but a command line cannot be given, and in a sentence what would need two.
 _TEXTS = {
     "bits": "Bits per weight, 1-8; a number with a point, like 2.5, is a mean that layers share out by the end loss.",
+    "num_groups": "Groups of output channels that share one guided Hessian, per layer, 1-1024; a layer with fewer "
+    "outputs has a group for each.",
     "max_memory": "GiB that may be in use on every device, weights included (default: what is free).",
     "device": 'Where to compute, e.g. "cuda:1" or "cpu", if the weights lie in the CPU\'s memory (default: the first '
     "GPU, if there is one).",
@@ -157,6 +159,7 @@ def _evaluating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--original", metavar="MODEL", help="also measure KL divergence and top-1 agreement with this model's answers"
     )
+    parser.add_argument("--picture", metavar="FILE", help="also draw perplexity against bits per weight, e.g. as .png")
     parser.add_argument("--speed", action="store_true", help="also measure tokens per second of generate, batch 1")
     parser.add_argument(
         "--new-tokens", type=_count, default=64, help="tokens to generate for --speed (default: %(default)s)"

@@ -5,8 +5,10 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -33,6 +35,7 @@ from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
 from .page import write_page
+from .pictures import check_picture, perplexity_curves
 from .resources import check_device
 
 # What --speed reads before it generates: the beginning of the built-in text.
@@ -78,25 +81,51 @@ def _evaluate(options: argparse.Namespace) -> None:
     """Measure one model after the other; the original, if there is one, comes first in the table."""
     if not (options.text or options.tasks or options.speed):
         options.wrong("nothing to measure: give --text, --speed or --tasks")
-    if options.original and not options.text:
-        options.wrong("--original needs --text")
+    for option in ("original", "picture"):
+        if getattr(options, option) and not options.text:
+            options.wrong(f"--{option} needs --text")
+    if options.picture:
+        check_picture(options.picture)
     text = _text(options.text) if options.text else None
     if options.tasks:
         check_tasks(options.tasks)
+    if options.original and text is not None:
+        _check_tokens(options.original, options.models, text)
     original = _load(options, options.original) if options.original else None
     found = [_measure(options, name, text, original) for name in options.models]
     if original is not None:
         measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
         found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
-    if len(found) == 1 and text is not None and not (options.tasks or options.speed):
+    _tell(options, found, text is not None)
+    if options.picture:
+        name = Path(options.text).stem
+        curves: Any = {each.name: [(each.bits_per_weight, each.perplexity)] for each in found}
+        whole = None if original is None else {name: curves.pop(options.original)[0][1]}
+        perplexity_curves({name: curves}, whole).savefig(options.picture)
+
+
+def _tell(options: argparse.Namespace, found: list[Measurement], read_text: bool) -> None:
+    """Show what was measured."""
+    if len(found) == 1 and read_text and not (options.tasks or options.speed):
         (only,) = found
         told = {"perplexity": only.perplexity, "tokens": only.tokens, "context": options.context}
         line = f"perplexity {only.perplexity:.4f} on {only.tokens:,} tokens, context {options.context}"
         _show(options, told, line)
         return
     told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
-    read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
+    read = "" if not read_text else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
     _show(options, told, comparison_table(found) + read)
+
+
+def _check_tokens(original: str, models: list[str], text: str) -> None:
+    """Refuse models that do not read the text as the original does: their answers are about other tokens."""
+    expected = token_ids(_tokenizer(original), text)
+    for name in models:
+        if not torch.equal(token_ids(_tokenizer(name), text), expected):
+            raise EvaluationError(
+                f"{name} reads the text as other tokens than {original} does. Compare a model with the one it was "
+                "quantized from."
+            )
 
 
 def _text(file: str) -> str:

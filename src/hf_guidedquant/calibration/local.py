@@ -50,7 +50,7 @@ class JsonRecords:
             CalibrationError: The file is no JSON; the message says where.
         """
         for value in self._list() if self._file.suffix == _JSON else self._lines():
-            columns = {str: "text", list: "messages"}
+            columns: dict[type, str] = {str: "text", list: "messages"}
             record = {columns[type(value)]: value} if type(value) in columns else value
             if not isinstance(record, dict):
                 raise CalibrationError(f"{self._file} holds {value!r:.50}, which is no text, no chat and no object.")

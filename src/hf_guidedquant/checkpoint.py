@@ -265,7 +265,9 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     except OutputFolderError:
         raise
     except OSError as error:
-        raise OutputFolderError(f"{path} cannot be made: {error}. Choose another output folder.") from error
+        raise OutputFolderError(
+            f"{path} cannot be made: {error.strerror or error}. Choose another output folder."
+        ) from error
     return path
 
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.evaluate import compare, perplexity, token_ids
+from hf_guidedquant.pictures import perplexity_curves
 
 LADDER: dict[str, dict[str, Any]] = {
     "RTN": {"method": "rtn"},
@@ -176,23 +177,16 @@ def with_spread(values: Sequence[float], digits: int) -> str:
 
 def picture(results: list[dict], original: dict[str, float], file: Path) -> None:
     """Perplexity against bits per weight, codebooks included: a line per method, a panel per text."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
-    figure = Figure(figsize=(6.5 * len(original), 4.5), layout="constrained")
-    for panel, (text, full) in zip(figure.subplots(1, len(original), squeeze=False)[0], original.items(), strict=True):
-        for method in methods_of(results):
-            columns = [same for bits in widths(results) if (same := cells(results, bits, method))]
-            points = sorted(
-                (mean(c["bits_per_weight"] for c in same), mean(c["texts"][text]["perplexity"] for c in same))
-                for same in columns
-            )
-            panel.plot(*zip(*points, strict=True), marker="o", label=method)
-        panel.axhline(full, color="black", linestyle=":", label="full precision")
-        panel.set(yscale="log", xlabel="bits per weight", ylabel="perplexity", title=text)
-        panel.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
-        panel.legend()
-    figure.savefig(file, dpi=120)
+    def points(text: str, method: str) -> list[tuple[float, float]]:
+        seeds = [same for bits in widths(results) if (same := cells(results, bits, method))]
+        return [
+            (mean(c["bits_per_weight"] for c in same), mean(c["texts"][text]["perplexity"] for c in same))
+            for same in seeds
+        ]
+
+    curves = {text: {method: points(text, method) for method in methods_of(results)} for text in original}
+    perplexity_curves(curves, original).savefig(file, dpi=120)
 
 
 def machine(device: str) -> dict[str, str]:

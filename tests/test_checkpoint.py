@@ -306,9 +306,15 @@ def test_a_quantized_model_is_not_quantized_again(saved, model):
         hf_guidedquant.quantize(load(saved), GuidedQuantConfig(method="rtn"))
 
 
-def test_a_config_passed_for_a_quantized_checkpoint_is_not_used_and_a_warning_says_so(saved, model):
+def test_a_config_passed_for_a_quantized_checkpoint_is_not_used_and_a_warning_says_so(saved, model, caplog):
+    given = GuidedQuantConfig(bits=2, method="rtn", dataset=token_rows())
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        loaded = load(saved, quantization_config=GuidedQuantConfig(bits=2, method="rtn"))
+        loaded = load(saved, quantization_config=given)
+    assert "Of the settings given, bits, method, dataset are not applied" in caplog.text
+    caplog.clear()
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        load(saved, quantization_config=GuidedQuantConfig(cache_dequantized=True, fuse_layers=False))
+    assert "not applied" not in caplog.text
     assert loaded.config.quantization_config.bits == 3
     assert torch.equal(logits(loaded), logits(model))
 

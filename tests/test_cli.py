@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, P
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, cli, commands
+from hf_guidedquant.checkpoint import check_output_folder
 from hf_guidedquant.checksums import write_checksums
 from hf_guidedquant.cli import main
 from hf_guidedquant.commands import config_of
@@ -222,6 +223,62 @@ def test_a_filled_output_folder_is_refused_before_any_work(capsys, tmp_path):
     assert message.startswith("OutputFolderError: ") and str(tmp_path) in message
 
 
+@pytest.mark.parametrize("out", ["{folder}/file/out", "/proc/out", "{folder}/" + "x" * 300])
+@pytest.mark.parametrize("command", ["quantize", "convert"])
+def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(capsys, tmp_path, command, out):
+    (tmp_path / "file").touch()
+    out = out.format(folder=tmp_path)
+    assert refused(capsys, command, "no model of this name", out).startswith(f"OutputFolderError: {out} cannot be made")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_checking_an_output_folder_leaves_nothing_behind(tmp_path):
+    assert check_output_folder(tmp_path / "a" / "b" / "c") == tmp_path / "a" / "b" / "c"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "problem"),
+    [
+        ("me/pushed", {"offline": True, "token": "hf_x"}, "HF_HUB_OFFLINE"),
+        ("me/pushed", {"offline": False, "token": None}, "without a token"),
+        ("me/pushed/twice", {"offline": False, "token": "hf_x"}, "cannot be the name"),
+    ],
+)
+def test_an_upload_that_cannot_succeed_is_refused_first(capsys, monkeypatch, tmp_path, name, settings, problem):
+    monkeypatch.setattr(commands, "is_offline_mode", lambda: settings["offline"])
+    monkeypatch.setattr(commands, "get_token", lambda: settings["token"])
+    message = refused(capsys, "quantize", "no model of this name", str(tmp_path / "out"), "--push-to-hub", name)
+    assert message.startswith("UploadError: ") and problem in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "MODEL", "--device", "cuda:99"],
+        ["quantize", "MODEL", "OUT", "--device", "cuda:99", "--method", "rtn"],
+        ["quantize", "MODEL", "OUT", "--device-map", "cuda:99"],
+        ["quantize", "MODEL", "OUT", "--device-map", "nonsense"],
+        ["evaluate", "MODEL", "--speed", "--device-map", "cuda:99"],
+        ["chat", "MODEL", "--device-map", "cuda:99"],
+    ],
+)
+def test_a_device_that_is_not_there_is_told(capsys, monkeypatch, dense, tmp_path, arguments):
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    places = {"MODEL": dense, "OUT": str(tmp_path / "out")}
+    message = refused(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert message.startswith("DeviceError: ") and "This machine has: cpu" in message
+
+
+def test_a_quantized_model_is_refused_before_any_work(capsys, monkeypatch, quantized, tmp_path):
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    out = tmp_path / "out"
+    for arguments in (["quantize", quantized, str(out), "--bits", "4"], ["plan", quantized]):
+        message = refused(capsys, *arguments)
+        assert message.startswith("AlreadyQuantizedError: ") and "guidedquant" in message
+    assert not out.exists()
+
+
 def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
     with HubServer() as hub:
         arguments = ["quantize", dense, str(tmp_path / "out"), "--method", "rtn", "--push-to-hub", "me/pushed"]
@@ -231,6 +288,22 @@ def test_quantize_pushes_model_and_tokenizer(dense, tmp_path):
     assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= files.keys()
     assert "report.html" not in files
     assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("none.txt", None, "cannot be read: No such file"),
+        ("binary.txt", b"\xd6\xff", "is no text in UTF-8"),
+        ("texts.jsonl", b'{"text": "word1"}', "is JSON"),
+        ("empty.txt", b"", "at least 2 tokens"),
+    ],
+)
+def test_evaluate_says_what_is_wrong_with_a_text(capsys, quantized, tmp_path, name, content, problem):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    message = refused(capsys, "evaluate", quantized, "--text", str(tmp_path / name), "--context", "32")
+    assert "EvaluationError: " in message and problem in message
 
 
 @pytest.mark.parametrize("lean", [[], ["--lean"]])
@@ -272,6 +345,31 @@ def test_evaluate_compares_models_with_their_original(capsys, dense, quantized, 
     assert table[-1] == "text: 240 tokens, context 32"
     assert table[3].split()[-2:] == [f"{rest[1]['kl']:.5f}", f"{rest[1]['top1']:.2%}"]
     assert [len(told["models"]), "KL" in printed(capsys, *arguments)] == [3, False]
+
+
+def test_an_original_with_another_vocabulary_is_refused_before_models_are_loaded(
+    capsys, monkeypatch, dense, quantized, text, tmp_path
+):
+    tiny_model().save_pretrained(tmp_path)
+    tokenizer = json.loads(Path(dense, "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["word1"], words["word2"] = words["word2"], words["word1"]
+    for file in Path(dense).glob("tokenizer*"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", None)
+    message = refused(capsys, "evaluate", quantized, "--text", text, "--original", str(tmp_path))
+    assert message.startswith("EvaluationError: ") and "other tokens" in message
+
+
+def test_evaluate_draws_a_picture(capsys, dense, quantized, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ["evaluate", quantized, "--text", text, "--context", "32", "--picture", str(tmp_path / "picture.png")]
+    printed(capsys, *arguments, "--original", dense)
+    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    arguments[-1] = str(tmp_path / "picture.mistyped")
+    arguments[1] = "no model of this name"
+    assert refused(capsys, *arguments).startswith("EvaluationError: ")
 
 
 def test_evaluate_measures_speed(capsys, quantized):
@@ -341,7 +439,26 @@ def test_inspect_knows_settings_of_single_layers_and_shards(capsys, tmp_path):
     told = json.loads(printed(capsys, "inspect", str(tmp_path / "out"), "--verify", "--json"))
     kinds = {layer["name"].rpartition(".")[2]: (layer["bits"], layer["method"]) for layer in told["layers"]}
     assert [kinds[name] for name in ("down_proj", "up_proj", "q_proj")] == [(2, "rtn"), (4, "squeezellm"), (4, "rtn")]
-    assert told["files"] > 1 and told["verified"] is True
+    assert told["files"] == told["compared"] > 1 and told["verified"] is True
+
+
+def test_verify_says_what_was_compared(capsys, copy):
+    word_tokenizer().save_pretrained(copy)
+    (copy / "tokenizer.json").write_text("altered")
+    told = printed(capsys, "inspect", str(copy), "--verify")
+    assert "finite; 1 file of weights as in SHA256SUMS\n" in told
+    assert "not verified: all other files, such as the tokenizer's\n" in told
+    (copy / "SHA256SUMS").unlink()
+    assert "finite; no SHA256SUMS: the files were compared with nothing\n" in printed(
+        capsys, "inspect", str(copy), "--verify"
+    )
+    assert "verified" not in printed(capsys, "inspect", str(copy))
+
+
+def test_inspect_of_a_name_says_how_to_get_a_folder(capsys):
+    message = refused(capsys, "inspect", "owner/name")
+    assert message.startswith("CheckpointError: There is no folder owner/name.")
+    assert "hf download owner/name --local-dir FOLDER" in message
 
 
 def test_inspect_reads_every_architecture(any_model, tmp_path):
@@ -486,6 +603,7 @@ def test_chat_generates(quantized):
         ["evaluate", "MODEL"],
         ["evaluate", "--text", "FILE"],
         ["evaluate", "MODEL", "--speed", "--original", "MODEL"],
+        ["evaluate", "MODEL", "--speed", "--picture", "FILE"],
     ],
 )
 def test_wrong_usage_is_2(capsys, arguments):
@@ -493,6 +611,27 @@ def test_wrong_usage_is_2(capsys, arguments):
         main(arguments)
     assert ended.value.code == 2
     assert "usage: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["plan", "MODEL", "--bits", "zwei"], "--bits: 'zwei' is no number"),
+        (["plan", "MODEL", "--num-groups", "1.5"], "--num-groups: '1.5' is no integer"),
+        (["quantize", "MODEL", "OUT", "--dataset", "{name: x}"], "--dataset: '{name: x}' is no JSON: Expecting"),
+        (["chat", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens: 0 is less than 1"),
+        (["evaluate", "MODEL", "--speed", "--new-tokens", "x"], "--new-tokens: 'x' is no integer"),
+    ],
+)
+def test_a_wrong_value_is_told_in_plain_words(capsys, arguments, problem):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"argument {problem}" in capsys.readouterr().err
+
+
+def test_report_of_a_folder_without_one_says_so(capsys, tmp_path):
+    message = refused(capsys, "report", str(tmp_path))
+    assert message.startswith(f"CheckpointError: There is no readable report in {tmp_path}: no guidedquant_report.json")
 
 
 def test_errors_are_told_in_a_line_without_a_traceback(tmp_path):
@@ -508,16 +647,35 @@ def config_error():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
+    "arguments",
     [
-        (["plan", "{folder}"], "ModelError"),
-        (["quantize", "{folder}", "{folder}/out"], "TokenizerMissingError"),
-        (["evaluate", "{folder}", "--text", "{folder}/none.txt"], "FileNotFoundError"),
-        (["chat", "{folder}"], "TokenizerMissingError"),
+        ["plan", "{folder}"],
+        ["quantize", "{folder}", "{folder}/out"],
+        ["evaluate", "{folder}", "--speed"],
+        ["chat", "{folder}"],
     ],
 )
-def test_a_folder_without_a_model_is_an_error_too(capsys, tmp_path, arguments, error):
-    assert refused(capsys, *(argument.format(folder=tmp_path) for argument in arguments)).startswith(error + ": ")
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("", "no folder of a model: there is no config.json in it"),
+        ("/mistyped", "There is no folder {}, and a model of the Hub cannot have that name."),
+    ],
+)
+def test_a_folder_without_a_model_is_an_error_too(capsys, tmp_path, arguments, name, problem):
+    folder = f"{tmp_path}{name}"
+    message = refused(capsys, *(argument.format(folder=folder) for argument in arguments))
+    assert message.startswith("ModelError: ") and problem.format(folder) in message
+
+
+def test_a_name_that_the_hub_does_not_give_is_told_as_one(capsys):
+    message = refused(capsys, "chat", "owner/no-such-model")
+    assert message.startswith("ModelError: owner/no-such-model is no folder, and could not be had from the Hub: ")
+
+
+def test_a_model_without_a_tokenizer_says_that_it_lacks_one(capsys, dense, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    assert refused(capsys, "chat", str(tmp_path)).startswith("TokenizerMissingError: ")
 
 
 def test_ctrl_c_is_130(monkeypatch, dense):
@@ -546,6 +704,12 @@ def test_optimum_lists_the_commands_without_loading_anything():
     assert all(command in done.stdout for command in COMMANDS)
     code = "import sys, optimum.commands.register.register_guidedquant; sys.exit('torch' in sys.modules)"
     assert run_optimum(code=code).returncode == 0
+
+
+def test_optimum_without_a_command_explains_them():
+    done = run_optimum("guidedquant")
+    assert done.returncode == 0 and "usage: optimum-cli guidedquant" in done.stdout
+    assert "Talk to a model" in done.stdout
 
 
 def test_optimum_runs_the_commands(capsys, quantized, tmp_path):

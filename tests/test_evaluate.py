@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
-from hf_guidedquant.errors import CalibrationError, EvaluationError
+from hf_guidedquant.errors import EvaluationError
 from hf_guidedquant.evaluate import compare, decode_speed, perplexity, speed, text
 
 # float32 against float64: some 40 roundings of 2^-24 each; a token counted twice or left out moves it by per cents.
@@ -58,7 +58,7 @@ def test_the_models_mode_is_kept():
 
 @pytest.mark.parametrize(("count", "context"), [(1, 16), (0, 16), (20, 1)])
 def test_too_little_text_is_an_error(count, context):
-    with pytest.raises(CalibrationError, match="at least 2 tokens"):
+    with pytest.raises(EvaluationError, match="at least 2 tokens"):
         perplexity(tiny_model(), None, ids(count), context)
 
 
@@ -184,7 +184,7 @@ def test_a_context_beyond_that_of_either_model_is_refused():
     other = tiny_model()
     other.config.max_position_embeddings = 16
     for models in ((tiny_model(), other), (other, tiny_model())):
-        with pytest.raises(CalibrationError, match="context of 16 tokens"):
+        with pytest.raises(EvaluationError, match="context of 16 tokens"):
             compare(*models, None, ids(64), 17)
 
 

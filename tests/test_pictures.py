@@ -11,7 +11,15 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import CheckpointError, EvaluationError, HessianError, PackageMissingError
 from hf_guidedquant.linears import dense_weight
-from hf_guidedquant.pictures import fisher_blocks, fisher_map, objective_map, objectives, row_histogram
+from hf_guidedquant.pictures import (
+    check_picture,
+    fisher_blocks,
+    fisher_map,
+    objective_map,
+    objectives,
+    perplexity_curves,
+    row_histogram,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,29 @@ def test_a_single_stage_is_a_single_map():
     pytest.importorskip("matplotlib")
     model = hf_guidedquant.quantize(tiny_model(), GuidedQuantConfig(bits=3, method="rtn"))
     assert len([panel for panel in objective_map(model.quantization_report).axes if panel.images]) == 1
+
+
+def test_perplexity_stands_over_its_bits(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = {"a": {"rtn": [(3.1, 20.0), (2.1, 50.0)], "lnq": [(2.1, 30.0)]}, "b": {"lnq": [(2.1, 40.0)]}}
+    figure = perplexity_curves(points, {"a": 12.0, "b": 13.0})
+    for panel, (text, curves) in zip(figure.axes, points.items(), strict=True):
+        assert panel.get_title() == text and panel.get_yscale() == "log"
+        *lines, original = panel.lines
+        drawn = {line.get_label(): sorted(zip(*line.get_data(), strict=True)) for line in lines}
+        assert drawn == {name: sorted(at) for name, at in curves.items()}
+        assert set(original.get_ydata()) == {{"a": 12.0, "b": 13.0}[text]}
+    assert list(lines[0].get_xdata()) == sorted(lines[0].get_xdata())
+    assert len(perplexity_curves({"a": points["a"]}).axes[0].lines) == 2
+    figure.savefig(tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize("name", ["picture.nothing", "picture", "none/picture.png"])
+def test_a_file_that_no_picture_can_be_written_to_is_refused(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    check_picture(tmp_path / "picture.png")
+    with pytest.raises(EvaluationError, match="cannot be written"):
+        check_picture(tmp_path / name)
 
 
 def test_a_histogram_counts_every_weight_and_marks_every_codeword(model, tmp_path):

@@ -247,16 +247,27 @@ def check_tensors(files: Iterable[str | os.PathLike], inputs: Mapping[str, int])
 
 
 def check_output_folder(folder: str | os.PathLike) -> Path:
-    """The folder as a path, if it is empty or does not exist yet.
+    """The folder as a path, if it is empty, or does not exist yet and can be made. Nothing is left behind.
 
     Raises:
-        OutputFolderError: There is something in it.
+        OutputFolderError: There is something in it, or it cannot be made.
     """
     path = Path(folder).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputFolderError(
+                f"{path} exists and is not an empty folder. Remove it, or choose another output folder."
+            )
+        # Only trying tells: permissions do not count for all users, nor everywhere.
+        beside = next(parent for parent in path.parents if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=beside):
+            pass
+    except OutputFolderError:
+        raise
+    except OSError as error:
         raise OutputFolderError(
-            f"{path} exists and is not an empty folder. Remove it, or choose another output folder."
-        )
+            f"{path} cannot be made: {error.strerror or error}. Choose another output folder."
+        ) from error
     return path
 
 
@@ -267,7 +278,7 @@ def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options
     (``max_shard_size=...``). Of processes that quantize together the first one saves.
 
     Raises:
-        OutputFolderError: The folder exists and is not empty.
+        OutputFolderError: The folder exists and is not empty, or cannot be made.
     """
     if not Workers(meet=False).first:
         return Path(folder)

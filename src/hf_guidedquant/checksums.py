@@ -18,20 +18,24 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
-def check_checksums(folder: Path, files: Iterable[Path]) -> None:
-    """Compare files with the checksums in ``folder``, if there are any: models saved by older versions have none.
+def check_checksums(folder: Path, files: Iterable[Path]) -> int | None:
+    """Compare files with the checksums in ``folder``: how many, or None if there are no checksums.
+
+    Models saved by older versions have none.
 
     Raises:
         DamagedFileError: Naming the files that are not what was saved.
     """
     sums = folder / CHECKSUM_FILE
     if not sums.is_file():
-        return
+        return None
+    files = list(files)
     text = sums.read_text(encoding="utf-8", errors="replace")
     saved = {name: sha256 for sha256, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)}
     damaged = [file.name for file in files if saved.get(file.name) != _sha256(file)]
     if damaged:
         raise DamagedFileError(f"{listed(damaged)}: not what was saved, by {CHECKSUM_FILE}. Download it again.")
+    return len(files)
 
 
 def _sha256(file: Path) -> str:

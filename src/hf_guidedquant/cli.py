@@ -11,6 +11,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -45,12 +46,16 @@ _QUANTIZE_FIELDS = (
 # Without what the class takes but a command line cannot be given, and in a sentence what would need two.
 _TEXTS = {
     "bits": "Bits per weight, 1-8; a number with a point, like 2.5, is a mean that layers share out by the end loss.",
+    "num_groups": "Groups of output channels that share one guided Hessian, per layer, 1-1024; a layer with fewer "
+    "outputs has a group for each.",
     "max_memory": "GiB that may be in use on every device, weights included (default: what is free).",
     "device": 'Where to compute, e.g. "cuda:1" or "cpu", if the weights lie in the CPU\'s memory (default: the first '
     "GPU, if there is one).",
     "statistics": "A folder that keeps the Hessians, so that other bits or methods need no pass over the same data.",
-    "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or any dataset '
-    """of the Hub, e.g. '{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}'.""",
+    "dataset": 'Calibration data: "builtin", "wikitext2", "c4", "redpajama", the path of a text file, or of a .json or '
+    ".jsonl file of texts or chats (by themselves, or as text or messages of objects), or any dataset of the Hub, e.g. "
+    """'{"name": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}', or a file or folder with another column, """
+    """e.g. '{"name": "chats.jsonl", "column": "conversation"}'.""",
 }
 # The library's own, which are not imported for the help: the context of perplexity, the usual tasks.
 _CONTEXT = 2048
@@ -142,7 +147,7 @@ def _quantizing(parser: argparse.ArgumentParser) -> None:
 def _converting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="name or folder of the published checkpoint")
     parser.add_argument("out", help="folder to save to; must be empty, or not exist")
-    parser.add_argument("--bits", type=int, help="one of the widths that it holds (default: the largest)")
+    parser.add_argument("--bits", type=_integer, help="one of the widths that it holds (default: the largest)")
     parser.add_argument("--revision", help="branch, tag or commit of its repository")
     _add_json(parser)
 
@@ -150,13 +155,14 @@ def _converting(parser: argparse.ArgumentParser) -> None:
 def _evaluating(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", help="names or folders of models, quantized or not")
     parser.add_argument("--text", metavar="FILE", help="text file (UTF-8) to measure perplexity on")
-    parser.add_argument("--context", type=int, default=_CONTEXT, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--context", type=_integer, default=_CONTEXT, help="tokens per window (default: %(default)s)")
     parser.add_argument(
         "--original", metavar="MODEL", help="also measure KL divergence and top-1 agreement with this model's answers"
     )
+    parser.add_argument("--picture", metavar="FILE", help="also draw perplexity against bits per weight, e.g. as .png")
     parser.add_argument("--speed", action="store_true", help="also measure tokens per second of generate, batch 1")
     parser.add_argument(
-        "--new-tokens", type=int, default=64, help="tokens to generate for --speed (default: %(default)s)"
+        "--new-tokens", type=_count, default=64, help="tokens to generate for --speed (default: %(default)s)"
     )
     parser.add_argument(
         "--tasks",
@@ -173,8 +179,8 @@ def _evaluating(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspecting(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of a quantized model")
-    parser.add_argument("--verify", action="store_true", help="read all files: checksums, NaN, infinity")
+    parser.add_argument("folder", help="folder of a quantized model; hf download fetches one of the Hub")
+    parser.add_argument("--verify", action="store_true", help="read all weights: checksums, NaN, infinity")
     _add_json(parser)
 
 
@@ -186,7 +192,7 @@ def _reporting(parser: argparse.ArgumentParser) -> None:
 def _chatting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="name or folder of a model, quantized or not")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=512, help="longest reply, in tokens (default: %(default)s)"
+        "--max-new-tokens", type=_count, default=512, help="longest reply, in tokens (default: %(default)s)"
     )
     _add_loading(parser)
     _add_lean(parser)
@@ -225,7 +231,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         about = " ".join(sentences.get(name, "").replace("``", "").replace("%", "%%").split())
         if field.default is not None:
             about += f" (default: {field.default})"
-        parse: dict[str, Any] = {"type": _number if float in kinds else int if int in kinds else str}
+        parse: dict[str, Any] = {"type": _number if float in kinds else _integer if int in kinds else str}
         if bool in kinds:
             parse = {"action": argparse.BooleanOptionalAction}
         elif name == "method":
@@ -237,14 +243,30 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
 
 
 def _dataset(text: str) -> str | dict[str, Any]:
-    return json.loads(text) if text.startswith("{") else text
+    try:
+        return json.loads(text) if text.startswith("{") else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.200} is no JSON: {error}") from error
 
 
 def _number(text: str) -> int | float:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.50} is no number")
+
+
+def _integer(text: str) -> int:
     try:
         return int(text)
-    except ValueError:
-        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.50} is no integer") from error
+
+
+def _count(text: str) -> int:
+    if (count := _integer(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return count
 
 
 # Command -> what it does, an example, and the function that adds its arguments.

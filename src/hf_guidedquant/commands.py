@@ -8,13 +8,18 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, TextStreamer
+import torch
+from huggingface_hub import get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoProcessor, AutoTokenizer, TextStreamer
 
-from .auto import auto_class, pipeline_task
+from .auto import auto_class, check_unquantized, pipeline_task, read_config
 from .calibration.kinds import builtin_text
+from .calibration.local import JSON_SUFFIXES, read_text
 from .checkpoint import check_output_folder, save
 from .config import GuidedQuantConfig
-from .errors import TokenizerMissingError
+from .errors import EvaluationError, TokenizerMissingError, UploadError
 from .evaluate import (
     Measurement,
     check_tasks,
@@ -30,6 +35,8 @@ from .importer import convert
 from .inspection import inspect
 from .nn import cache_dequantized
 from .page import PAGE_FILE, leave_page, write_page
+from .pictures import check_picture, perplexity_curves
+from .resources import check_device
 from .workers import Workers
 
 # What --speed reads before it generates: the beginning of the built-in text.
@@ -45,9 +52,13 @@ def _plan(options: argparse.Namespace) -> None:
 def _quantize(options: argparse.Namespace) -> None:
     """Quantize a model and save it with a page about the run; the output folder is checked before all else."""
     check_output_folder(options.out)
+    if options.push_to_hub:
+        _check_upload(options.push_to_hub)
+    check_device(options.device_map)
     config = config_of(options)
+    model_config = read_config(options.model)
+    check_unquantized(model_config)
     tokenizer = _tokenizer(options.model)
-    model_config = AutoConfig.from_pretrained(options.model)
     processor = _processor(options.model, tokenizer) if "image" in pipeline_task(model_config) else tokenizer
     model: Any = auto_class(model_config).from_pretrained(
         options.model, quantization_config=config, dtype=options.dtype, device_map=options.device_map
@@ -73,25 +84,61 @@ def _evaluate(options: argparse.Namespace) -> None:
     """Measure one model after the other; the original, if there is one, comes first in the table."""
     if not (options.text or options.tasks or options.speed):
         options.wrong("nothing to measure: give --text, --speed or --tasks")
-    if options.original and not options.text:
-        options.wrong("--original needs --text")
-    text = Path(options.text).read_text(encoding="utf-8") if options.text else None
+    for option in ("original", "picture"):
+        if getattr(options, option) and not options.text:
+            options.wrong(f"--{option} needs --text")
+    if options.picture:
+        check_picture(options.picture)
+    text = _text(options.text) if options.text else None
     if options.tasks:
         check_tasks(options.tasks)
+    if options.original and text is not None:
+        _check_tokens(options.original, options.models, text)
     original = _load(options, options.original) if options.original else None
     found = [_measure(options, name, text, original) for name in options.models]
     if original is not None:
         measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
         found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
-    if len(found) == 1 and text is not None and not (options.tasks or options.speed):
+    _tell(options, found, text is not None)
+    if options.picture:
+        name = Path(options.text).stem
+        curves: Any = {each.name: [(each.bits_per_weight, each.perplexity)] for each in found}
+        whole = None if original is None else {name: curves.pop(options.original)[0][1]}
+        perplexity_curves({name: curves}, whole).savefig(options.picture)
+
+
+def _tell(options: argparse.Namespace, found: list[Measurement], read_text: bool) -> None:
+    """Show what was measured."""
+    if len(found) == 1 and read_text and not (options.tasks or options.speed):
         (only,) = found
         told = {"perplexity": only.perplexity, "tokens": only.tokens, "context": options.context}
         line = f"perplexity {only.perplexity:.4f} on {only.tokens:,} tokens, context {options.context}"
         _show(options, told, line)
         return
     told = {"context": options.context, "models": [measurement.to_dict() for measurement in found]}
-    read = "" if text is None else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
+    read = "" if not read_text else f"\ntext: {found[0].tokens:,} tokens, context {options.context}"
     _show(options, told, comparison_table(found) + read)
+
+
+def _check_tokens(original: str, models: list[str], text: str) -> None:
+    """Refuse models that do not read the text as the original does: their answers are about other tokens."""
+    expected = token_ids(_tokenizer(original), text)
+    for name in models:
+        if not torch.equal(token_ids(_tokenizer(name), text), expected):
+            raise EvaluationError(
+                f"{name} reads the text as other tokens than {original} does. Compare a model with the one it was "
+                "quantized from."
+            )
+
+
+def _text(file: str) -> str:
+    """The text to measure on."""
+    if file.endswith(JSON_SUFFIXES):
+        raise EvaluationError(
+            f"{file} is JSON, and perplexity is of plain text: braces and keys would count. Write the texts to a file, "
+            "e.g. jq -r .text FILE > texts.txt."
+        )
+    return read_text(file, EvaluationError)
 
 
 def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:
@@ -157,10 +204,23 @@ def config_of(options: argparse.Namespace) -> GuidedQuantConfig:
     return GuidedQuantConfig(**{name: value for name, value in vars(options).items() if name in known})
 
 
+def _check_upload(repository: str) -> None:
+    """Refuse an upload that cannot succeed, as far as this machine can tell."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UploadError(f"{repository} cannot be the name of a repository: {error}") from error
+    if is_offline_mode():
+        raise UploadError(f"{repository} cannot be uploaded to with HF_HUB_OFFLINE=1. Unset it.")
+    if get_token() is None:
+        raise UploadError(f"{repository} cannot be uploaded to without a token. Run `hf auth login`, or set HF_TOKEN.")
+
+
 def _tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, ImportError) as error:
+        read_config(model)  # Of a model that is not there, the tokenizer is not what is missed.
         raise TokenizerMissingError(f"The tokenizer of {model!r} cannot be loaded: {error}") from error
 
 
@@ -173,7 +233,8 @@ def _processor(model: str, tokenizer: Any) -> Any:
 
 
 def _load(options: argparse.Namespace, name: str) -> Any:
-    kind = auto_class(AutoConfig.from_pretrained(name))
+    check_device(options.device_map)
+    kind = auto_class(read_config(name))
     model: Any = kind.from_pretrained(name, dtype=options.dtype, device_map=options.device_map)
     cache_dequantized(model, model.device.type == "cpu" and not options.lean)
     return model

@@ -43,6 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Fields that count when a model is loaded that is quantized already.
+_LOADING = ("cache_dequantized", "fuse_layers")
+
 # Fields that are written to config.json. Everything else concerns one run and never reaches a file.
 PERSISTED = (
     "format_version",
@@ -158,7 +161,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         guided: Weigh every token's error by the end loss' squared gradient (GuidedQuant). ``False`` is the plain
             layer-wise objective.
         num_groups: Groups of output channels that share one guided Hessian, per layer. 1-1024; a layer's number of
-            outputs need not divide by it.
+            outputs need not divide by it, and a layer with fewer outputs has a group for each.
         output_curvature: After LNQ, better all outputs of a layer together, by how their errors depend on each other in
             the end loss. Costs ``outputs**2`` fp32 numbers per layer beside its Hessians, and one more product of the
             gradients with themselves. Needs ``guided`` and the method ``"lnq"``; layers with another method in
@@ -182,10 +185,12 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         overrides: Settings of single modules by name or glob pattern, e.g. ``{"*.down_proj": {"bits": 4}}``. Keys:
             ``bits``, ``method``. A later entry wins over an earlier one.
         dataset: Calibration data: ``"builtin"`` (shipped with the package), ``"wikitext2"``, ``"c4"``, ``"redpajama"``
-            (through `datasets`), the path of a text file, a list of texts, a list of chats, a ``datasets.Dataset``, or
-            a list of 1-D LongTensors of token ids, which are used as they are. Any other dataset of the Hub is a
-            dictionary: ``name``, and if needed ``config``, ``split`` (default: ``"train"``) and ``column`` (of texts,
-            chats or token ids). Only its first records are read, as many as it takes.
+            (through `datasets`), the path of a text file, or of a ``.json`` or ``.jsonl`` file of texts, chats or
+            objects with a column ``text``, ``messages`` or ``input_ids``, a list of texts, a list of chats, a
+            ``datasets.Dataset``, or a list of 1-D LongTensors of token ids, which are used as they are. Any other
+            dataset of the Hub, a folder of files, or a file with other columns is a dictionary: ``name``, and if needed
+            ``config``, ``split`` (default: ``"train"``) and ``column`` (of texts, chats or token ids). Only its first
+            records are read, as many as it takes.
         assistant_only_loss: Of chats, the end loss counts only what the assistant says, so that weights are rounded
             by what they do to that. Chats where it says nothing are dropped. Needs ``guided``. Training afterwards
             (``reconstruct``, ``distill``) learns from all tokens.
@@ -336,8 +341,21 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         return new
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """Settings that a user may pass when loading a model that is quantized already."""
-        return {"cache_dequantized": self.cache_dequantized, "fuse_layers": self.fuse_layers}
+        """Settings that a user may pass when loading a model that is quantized already.
+
+        Transformers asks for them then, and drops all others: which of those were given is said in a warning.
+        """
+        loading = {name: getattr(self, name) for name in _LOADING}
+        default = GuidedQuantConfig(**loading)
+        names = (f.name for f in dataclasses.fields(self))
+        if dropped := [name for name in names if getattr(self, name) != getattr(default, name)]:
+            logger.warning(
+                "The model is quantized already, and stays as it was saved. Of the settings given, %s %s not applied. "
+                "For another quantization load the full-precision original.",
+                listed(dropped, 20),
+                "is" if len(dropped) == 1 else "are",
+            )
+        return loading
 
     @property
     def reconstruct_spec(self) -> ReconstructSpec | None:

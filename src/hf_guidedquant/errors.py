@@ -54,6 +54,11 @@ class NoLinearLayersError(ModelError):
 class AlreadyQuantizedError(ModelError):
     """The model was quantized before, by this or by another method."""
 
+    def __init__(self, method: object) -> None:
+        super().__init__(
+            f"This model is quantized already ({method or 'unknown method'}). Load the full-precision original instead."
+        )
+
 
 class NonFiniteWeightError(ModelError):
     """A weight of the model holds NaN or infinity."""
@@ -162,7 +167,15 @@ class UnavailableBitsError(GuidedQuantError, ValueError):
 
 
 class OutputFolderError(GuidedQuantError, FileExistsError):
-    """The folder to write to exists and is not empty."""
+    """The folder to write to exists and is not empty, or it cannot be made."""
+
+
+class UploadError(GuidedQuantError, OSError):
+    """A model is to be uploaded to the Hub, and cannot be."""
+
+
+class DeviceError(GuidedQuantError, ValueError):
+    """A device is asked for that is not there."""
 
 
 class FolderUnusableError(GuidedQuantError, OSError):

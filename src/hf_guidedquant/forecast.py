@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
-from .auto import auto_class
+from .auto import auto_class, check_unquantized, read_config
 from .budget import diagonal_only, undecided, widths_near
 from .calibration import Footprint, Outline, divide, outline, shelved, waiting
 from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
-from .errors import ModelError
 from .experts import unfused
 from .linears import linear_shape, size_of, tensors_of, vocabulary_layers
 from .nn import WEIGHTS_AT_A_TIME
@@ -93,6 +91,7 @@ def plan(
     Raises:
         ConfigError: An override or exclusion matches no module.
         NoLinearLayersError: Nothing is left to quantize.
+        AlreadyQuantizedError: The name is a quantized model's.
         ModelError: The name is no model's, the memory is too small, whatever is done, or the model cannot be trained as
             it is to be.
     """
@@ -256,10 +255,8 @@ class _Run:
 
 def _empty_model(name: str | os.PathLike, **kwargs: Any) -> Any:
     """The model on the meta device, in the dtype that it is saved in."""
-    try:
-        config = AutoConfig.from_pretrained(name, **kwargs)
-    except ValueError as error:
-        raise ModelError(f"{name} is no model that Transformers knows: {error}") from error
+    config = read_config(name, **kwargs)
+    check_unquantized(config)
     trust = {"trust_remote_code": kwargs["trust_remote_code"]} if "trust_remote_code" in kwargs else {}
     with torch.device("meta"):
         return auto_class(config).from_config(config, dtype=config.get_text_config().dtype or torch.float32, **trust)

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from .checkpoint import check_tensors, read_headers, weight_files
-from .checksums import check_checksums
+from .checksums import CHECKSUM_FILE, check_checksums
 from .config import QUANT_METHOD, GuidedQuantConfig, check_method
 from .errors import CheckpointError, UnknownArchitectureError
 from .nn import quantized_modules, without_copies
@@ -62,6 +62,8 @@ class Inspection:
         files: Number of files that these are in.
         settings: What config.json says of the quantization, but for the layers: format version, method, provenance...
         verified: Whether all tensors were read and found sound.
+        compared: Number of files, those that hold tensors, that agree with their checksums; None if there were none
+            to compare with, or it was not asked for.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Inspection:
     files: int
     settings: dict[str, Any]
     verified: bool = False
+    compared: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -105,7 +108,11 @@ class Inspection:
         # From a file that anybody may have written: no control sequences for the terminal.
         lines += ["".join(filter(str.isprintable, f"{k}: {v}")) for k, v in self.settings["provenance"].items()]
         if self.verified:
-            lines.append("verified: all tensors are there, of the right shapes and dtypes, and finite")
+            sums = f"no {CHECKSUM_FILE}: the files were compared with nothing"
+            if self.compared is not None:
+                sums = f"{self.compared} file{'s' if self.compared > 1 else ''} of weights as in {CHECKSUM_FILE}"
+            lines.append(f"verified: all tensors are there, of the right shapes and dtypes, and finite; {sums}")
+            lines.append("not verified: all other files, such as the tokenizer's")
         return "\n".join(lines)
 
 
@@ -114,13 +121,18 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
 
     Args:
         folder: Where the model was saved.
-        verify: Also compare the files with their checksums, and look for NaN and infinity in every tensor.
+        verify: Also compare the files of weights with their checksums, and look for NaN and infinity in every tensor.
 
     Raises:
         CheckpointError: This is no model of ours, or not what its config promises. The message says what is wrong.
         ConfigError: Its config has a value outside its range.
     """
     path = Path(folder)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"There is no folder {path}. Of a model on the Hub, fetch the files first, which runs nothing: "
+            f"hf download {path} --local-dir FOLDER"
+        )
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} is no folder of a saved model: there is no config.json in it.")
     model = empty_model(path)
@@ -131,8 +143,8 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     config: Any = GuidedQuantConfig.from_dict(saved)
     # The same steps as before the weights of a model are loaded, its checks included.
     GuidedQuantizer(config, pre_quantized=True)._process_model_before_weight_loading(model, checkpoint_files=files)
+    compared = check_checksums(path, files) if verify else None
     if verify:
-        check_checksums(path, files)
         check_tensors(files, {name: module.in_features for name, module in quantized_modules(model).items()})
     layers = tuple(
         SavedLayer(
@@ -149,7 +161,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
     )
     settings = {name: value for name, value in config.to_dict().items() if name != "modules"}
     nbytes = sum(spec.nbytes for spec in read_headers(files).values())
-    return Inspection(type(model).__name__, layers, nbytes, len(files), settings, verify)
+    return Inspection(type(model).__name__, layers, nbytes, len(files), settings, verify, compared)
 
 
 def _method(name: str, config: GuidedQuantConfig) -> str:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +48,48 @@ def objective_map(source: Report | str | os.PathLike) -> Any:
     panels[0].set_ylabel("block")
     figure.colorbar(image, ax=list(panels))
     return figure
+
+
+def perplexity_curves(
+    measured: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], original: Mapping[str, float] | None = None
+) -> Any:
+    """Perplexity, on a logarithmic scale, against bits per weight: a panel per text.
+
+    Args:
+        measured: Text -> what is to be compared, a method or a model -> its points: bits per weight, perplexity.
+        original: Text -> perplexity of the original, a dotted line.
+
+    Returns:
+        A ``matplotlib.figure.Figure``.
+
+    Raises:
+        PackageMissingError: matplotlib is not installed.
+    """
+    figure = _figure(figsize=(6.5 * len(measured), 4.5))
+    from matplotlib.ticker import LogFormatter
+
+    panels = figure.subplots(1, len(measured), squeeze=False)[0]
+    for panel, (text, curves) in zip(panels, measured.items(), strict=True):
+        for name, points in curves.items():
+            panel.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        if original is not None:
+            panel.axhline(original[text], color="black", linestyle=":", label="full precision")
+        panel.set(yscale="log", xlabel="bits per weight", ylabel="perplexity", title=text)
+        panel.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())
+        panel.legend()
+    return figure
+
+
+def check_picture(file: str | os.PathLike) -> None:
+    """Refuse, before anything takes time, a file that no picture can be written to.
+
+    Raises:
+        PackageMissingError: matplotlib is not installed.
+        EvaluationError: It has no folder, or its ending is of no kind of picture.
+    """
+    path, kinds = Path(file), _figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds or not path.absolute().parent.is_dir():
+        raise EvaluationError(f"{path} cannot be written: it must lie in a folder, and end with .{', .'.join(kinds)}.")
 
 
 def row_histogram(weight: Tensor, codebook: Tensor, bins: int = 100) -> Any:

@@ -285,9 +285,7 @@ def check_model(model: nn.Module) -> None:
     method = saved.get("quant_method") if isinstance(saved, dict) else getattr(saved, "quant_method", None)
     foreign = method not in (None, QUANT_METHOD)
     if foreign or quantized_modules(model) or (quantizer is not None and quantizer.pre_quantized):
-        raise AlreadyQuantizedError(
-            f"This model is quantized already ({method or 'unknown method'}). Load the full-precision original instead."
-        )
+        raise AlreadyQuantizedError(method)
     offloaded = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if offloaded:
         raise ModelError(

@@ -29,7 +29,7 @@ from .nn import (
     tied_pairs,
     untie_codebooks,
 )
-from .resources import WEIGHTS_SHARE, compute_device, free_memory
+from .resources import WEIGHTS_SHARE, check_device, compute_device, free_memory
 from .run_folder import open_run_folder
 from .triton_kernels import requested_backend
 from .workers import Workers
@@ -88,6 +88,7 @@ class GuidedQuantizer(HfQuantizer):
         if self.pre_quantized:
             return
         pipeline.check_grad_mode()
+        check_device(self.quantization_config.device or "cpu")
         check_dataset(self.quantization_config.dataset, self.quantization_config.assistant_only_loss)
         with open_run_folder(self.quantization_config.run_dir if Workers().first else None):
             pass  # A folder that cannot be used must not be noticed after the weights are loaded.

@@ -138,6 +138,11 @@ def load_report(folder: str | os.PathLike) -> Report:
         CheckpointError: There is none, or it is not readable.
     """
     file = Path(folder) / REPORT_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"There is no readable report in {folder}: no {REPORT_FILE}, which is saved with a model that is quantized "
+            "here, and not with one that was converted."
+        )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
         layers = [_read(LayerReport, entry, plan=_read(LayerPlan, entry)) for entry in told["layers"]]

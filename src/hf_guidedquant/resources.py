@@ -7,6 +7,10 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from .errors import DeviceError
+
+# Device maps that leave the choice to accelerate.
+_ANY_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")
 # How much of a GPU's memory full-precision weights may fill before they have to wait outside.
 WEIGHTS_SHARE = 0.8
 # How much of a GPU's free memory a model may fill that runs there as a whole.
@@ -34,14 +38,37 @@ def total_memory(device: torch.device) -> int:
     return psutil.virtual_memory().total
 
 
+def check_device(device: str | torch.device) -> None:
+    """Refuse a device that this machine does not have. ``"auto"``, and other words for any of them, will do.
+
+    Raises:
+        DeviceError: Saying what there is.
+    """
+    if device in _ANY_DEVICE:
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(count))])
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"{device!r} is no device. This machine has: {there}.") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        hint = "" if count else " To torch there is no GPU: it may be a build without CUDA, or the driver is missing."
+        raise DeviceError(f"The device {device} is not there. This machine has: {there}.{hint}")
+
+
 def compute_device(home: torch.device, wanted: str | None = None) -> torch.device:
     """Where the work on weights that lie on ``home`` is done.
 
     On the CPU's behalf a GPU works, if there is one: ``wanted``, or else this process' current CUDA device.
+
+    Raises:
+        DeviceError: ``wanted`` is not there.
     """
     if home.type not in ("cpu", "meta"):
         return home
     if wanted is not None:
+        check_device(wanted)
         return torch.device(wanted)
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 

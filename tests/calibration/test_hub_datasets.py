@@ -110,6 +110,7 @@ def test_what_is_not_there_is_named_with_what_is(hub, dataset, message):
         ({"split": "train"}, r"keys \['split'\] is not understood.*config, split, column"),
         ({"name": "me/data", "colum": "text"}, r"keys \['name', 'colum'\] is not understood"),
         ({"name": ""}, r"dataset\['name'\] = '' is not allowed"),
+        ({"name": "json"}, r"dataset\['name'\] = 'json' is no dataset, but a kind of file"),
         ({"name": "me/data", "split": None}, r"dataset\['split'\] = None is not allowed"),
         ({"name": "me/data", "column": 3}, r"dataset\['column'\] = 3 is not allowed"),
     ],

@@ -1,10 +1,12 @@
 """Calibration data of every kind becomes token rows; what cannot be used is named."""
 
+import json
+
 import pytest
 import torch
 
 from hf_guidedquant.calibration import load_rows
-from hf_guidedquant.calibration.kinds import builtin_text
+from hf_guidedquant.calibration.kinds import builtin_text, check_dataset
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -60,6 +62,63 @@ def test_text_file(tmp_path):
     calibration = load(str(path), ByteTokenizer())
     assert calibration.source == "text file"
     assert len(calibration.rows) == 3
+
+
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("records", "column", "expected"),
+    [
+        (["abcdef", "gh"], None, [b"abcdef\n\n"]),
+        ([{"text": "abcdef"}, {"text": None}, {"text": "gh"}], None, [b"abcdef\n\n"]),
+        ([{"prose": "abcdef"}, {"prose": "gh"}], "prose", [b"abcdef\n\n"]),
+        ([CHAT, CHAT], None, [b"<user>he"] * 2),
+        ([{"messages": CHAT}], None, [b"<user>he"]),
+        ([{"said": CHAT, "id": 3}], "said", [b"<user>he"]),
+        ([{"input_ids": [1, 2, 3]}], None, [b"\1\2\3"]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_files_of_texts_chats_and_token_ids(tmp_path, suffix, records, column, expected):
+    file = tmp_path / f"data.{suffix}"
+    lines = json.dumps(records, indent=1) if suffix == "json" else "\n\n".join(map(json.dumps, records))
+    file.write_text(lines, encoding="utf-8")
+    dataset = str(file) if column is None else {"name": str(file), "column": column}
+    check_dataset(dataset)
+    calibration = load(dataset, ByteTokenizer())
+    assert [bytes(row.tolist()) for row in calibration.rows] == expected
+    assert calibration.source in ("texts", "chats", "token rows")
+
+
+def test_of_json_lines_no_more_is_read_than_it_takes(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join([json.dumps(CHAT)] * 3 + ["no JSON"]), encoding="utf-8")
+    check_dataset(str(file))
+    assert len(load(str(file), ByteTokenizer(), num_samples=3).rows) == 3
+    with pytest.raises(CalibrationError, match=r"chats\.jsonl, line 4, is no JSON"):
+        load(str(file), ByteTokenizer(), num_samples=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("x.txt", b"caf\xe9 \xff\xfe", r"x\.txt is no text in UTF-8: .* at byte 3\. .*iconv"),
+        ("x.json", b"\xff", "no text in UTF-8"),
+        ("x.jsonl", b"\xff", "line 1, is no JSON"),
+        ("x.jsonl", b"[[[", "line 1, is no JSON"),
+        ("x.json", b'{"text": "a"}', r"must hold a list.*name it x\.jsonl"),
+        ("x.jsonl", b"5", "holds 5, which is no text"),
+        ("x.jsonl", b'{"prose": "a"}', r"has the columns \['prose'\].*given as column"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": 5}', "record 2: 'text' is 5; the data are texts"),
+        ("x.jsonl", b'{"messages": []}\n{"text": 5}', "record 2: 'messages' is None; the data are chats"),
+        ("x.jsonl", b"", "has the columns"),
+    ],
+)
+def test_files_that_are_no_data_say_where_and_why(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=problem):
+        load(str(tmp_path / name), ByteTokenizer())
 
 
 def test_token_rows_are_used_as_they_are():

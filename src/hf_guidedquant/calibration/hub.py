@@ -6,7 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import CalibrationError
+from .local import JSON_SUFFIXES, JsonRecords
 from .named import fetch
+
+# Names by which `datasets` would read whatever files lie in the current folder.
+_READERS = ("arrow", "csv", "json", "pandas", "parquet", "text", "xml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +18,8 @@ class HubDataset:
     """Where on the Hub the calibration data are.
 
     Attributes:
-        name: Repository, like ``"HuggingFaceH4/ultrachat_200k"``, or a folder of files that `datasets` reads.
+        name: Repository, like ``"HuggingFaceH4/ultrachat_200k"``, a folder of files that `datasets` reads, or a
+            ``.json`` or ``.jsonl`` file.
         config: Of a dataset that has several (its subsets), which one.
         split: Which part of it.
         column: Texts, chats or token ids. Default: the one called ``input_ids``, ``messages`` or ``text``.
@@ -32,6 +37,11 @@ class HubDataset:
         for key, value in vars(self).items():
             if not (isinstance(value, str) and value) and (value is not None or key in ("name", "split")):
                 raise CalibrationError(f"dataset[{key!r}] = {value!r} is not allowed; it must be a name.")
+        if self.name in _READERS and not os.path.exists(self.name):
+            raise CalibrationError(
+                f"dataset['name'] = {self.name!r} is no dataset, but a kind of file. Give the path of a folder or of a "
+                ".jsonl file, or the name of a dataset of the Hub."
+            )
 
     @classmethod
     def of(cls, settings: Any) -> "HubDataset | None":
@@ -51,12 +61,14 @@ class HubDataset:
         return cls(**settings)
 
     def open(self) -> Any:
-        """The split, as a ``datasets.IterableDataset``. No record is read yet.
+        """The split, as a ``datasets.IterableDataset`` or the like. No record is read yet.
 
         Raises:
             CalibrationError: The dataset cannot be fetched, or has no such config or split; the message lists those
                 that there are.
         """
+        if os.path.isfile(self.name) and self.name.endswith(JSON_SUFFIXES):
+            return JsonRecords(self.name)
         splits = fetch(self.name, self.config, streaming=True)
         if self.split not in splits:
             raise CalibrationError(f"The dataset {self.name} has no split {self.split!r}; it has {', '.join(splits)}.")

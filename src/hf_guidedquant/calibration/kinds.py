@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .hub import HubDataset
+from .local import JSON_SUFFIXES, JsonRecords, read_text
 from .named import NAMED_DATASETS
 
 _KINDS = (
-    '"builtin", ' + ", ".join(f'"{name}"' for name in NAMED_DATASETS) + ", the path of a text file, a list of texts, "
+    '"builtin", ' + ", ".join(f'"{name}"' for name in NAMED_DATASETS) + ", the path of a text file, or of a "
+    ".json or .jsonl file of texts, chats or token ids, a list of texts, "
     "a list of chats, a datasets.Dataset, a dataset of the Hub as a dictionary of name, config, split and column, or a "
     "list of 1-D LongTensors"
 )
@@ -30,7 +32,7 @@ def check_dataset(dataset: Any, assistant_only_loss: bool = False) -> None:
     HubDataset.of(dataset)
     if isinstance(dataset, str | os.PathLike):
         source, _ = classify(dataset)
-        if assistant_only_loss:
+        if assistant_only_loss and source != "chats":
             raise no_chats(source)
 
 
@@ -59,8 +61,10 @@ def classify(dataset: Any) -> tuple[str, Any]:
         return dataset, None
     if isinstance(dataset, str | os.PathLike):
         if os.path.isfile(dataset):
-            with open(dataset, encoding="utf-8", errors="replace") as file:
-                return "text file", [file.read()]
+            name = os.fspath(dataset)
+            if name.endswith(JSON_SUFFIXES):
+                return classify_columns(JsonRecords(name), called=name)
+            return "text file", [read_text(name)]
         raise CalibrationError(f"dataset={os.fspath(dataset)!r} is no known name and no file; it must be {_KINDS}.")
     if hasattr(dataset, "column_names"):
         return classify_columns(dataset)
@@ -102,12 +106,20 @@ def classify_columns(dataset: Any, column: str | None = None, called: str | None
         kind = "token rows" if ids else _classify_items([first])[0]
     else:
         raise CalibrationError(f"{subject} has no column {column!r}; it has {', '.join(columns)}.")
-    values: Iterator[Any] = (row[column] for row in dataset)
+    values = _values(dataset, column, kind, subject)
     if kind == "token rows":
         values = (torch.as_tensor(ids, dtype=torch.int64) for ids in values)
     elif kind == "chats":
         values = map(_messages, values)
     return kind, list(values) if isinstance(dataset, Sized) else values
+
+
+def _values(dataset: Any, column: str, kind: str, subject: str) -> Iterator[Any]:
+    for number, row in enumerate(dataset, start=1):
+        value = row.get(column)
+        if (value is None and kind != "texts") or (kind == "texts" and not isinstance(value, str | None)):
+            raise CalibrationError(f"{subject}, record {number}: {column!r} is {value!r:.50}; the data are {kind}.")
+        yield value
 
 
 def _classify_items(items: list[Any]) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 
 from ..calibration.collector import input_device
 from ..calibration.rows import tokenize
-from ..errors import CalibrationError, EvaluationError
+from ..errors import EvaluationError
 from ..running import evaluating
 
 # Tokens whose logits exist at a time.
@@ -55,7 +55,7 @@ def perplexity(model: Any, tokenizer: Any, text_or_dataset: Any, context: int = 
         context: Tokens per window, at least 2.
 
     Raises:
-        CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the model's.
+        EvaluationError: Fewer than two tokens, or a ``context`` below 2 or beyond the model's.
     """
     windows = _windows([model], tokenizer, text_or_dataset, context)
     loss = 0.0
@@ -80,8 +80,8 @@ def compare(model: Any, original: Any, tokenizer: Any, text_or_dataset: Any, con
         context: Tokens per window, at least 2.
 
     Raises:
-        CalibrationError: Fewer than two tokens, or a ``context`` below 2 or beyond the models'.
-        EvaluationError: The models' vocabularies differ in size.
+        EvaluationError: Fewer than two tokens, a ``context`` below 2 or beyond the models', or vocabularies of
+            different sizes.
     """
     windows = _windows([model, original], tokenizer, text_or_dataset, context)
     count = windows[:, 1:].numel()
@@ -108,7 +108,7 @@ def token_ids(tokenizer: Any, text_or_dataset: Any) -> Tensor:
     """Token ids, int64 ``[tokens]``, of a text, or of a list of texts or a Dataset with a ``text`` column as one."""
     if isinstance(text_or_dataset, Tensor):
         if text_or_dataset.is_floating_point():
-            raise CalibrationError(f"Token ids must be integers, got {text_or_dataset.dtype}.")
+            raise EvaluationError(f"Token ids must be integers, got {text_or_dataset.dtype}.")
         return text_or_dataset.flatten()
     text = text_or_dataset
     if not isinstance(text, str):
@@ -127,9 +127,9 @@ def _windows(models: Sequence[Any], tokenizer: Any, text_or_dataset: Any, contex
     ids = token_ids(tokenizer, text_or_dataset)
     longest = min((length for length in map(context_length, models) if length is not None), default=context)
     if context > longest:
-        raise CalibrationError(f"context={context} is longer than the model's context of {longest} tokens.")
+        raise EvaluationError(f"context={context} is longer than the model's context of {longest} tokens.")
     if context < 2 or ids.numel() < 2:
-        raise CalibrationError(
+        raise EvaluationError(
             f"Perplexity needs a context and a text of at least 2 tokens, got {context} and {ids.numel()}."
         )
     count = ids.numel() // context

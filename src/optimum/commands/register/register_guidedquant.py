@@ -14,13 +14,14 @@ class GuidedQuantCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         commands = "plan, quantize, convert, evaluate, inspect, report or chat"
-        parser.add_argument("command", help=f"{commands}; COMMAND --help explains it")
+        parser.add_argument("command", nargs="?", help=f"{commands}; COMMAND --help explains it, none explains all")
         parser.add_argument("arguments", nargs=REMAINDER, help="what the command takes")
 
     def run(self) -> None:
         from hf_guidedquant.cli import main
 
-        raise SystemExit(main([self.args.command, *self.args.arguments], program="optimum-cli guidedquant"))
+        arguments = [self.args.command, *self.args.arguments] if self.args.command else ["--help"]
+        raise SystemExit(main(arguments, program="optimum-cli guidedquant"))
 
 
 REGISTER_COMMANDS = [GuidedQuantCommand]

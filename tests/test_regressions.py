@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, solving
 from hf_guidedquant.calibration import load_rows
-from hf_guidedquant.errors import CalibrationError, ConfigError, ModelError, NonFiniteWeightError, SolverError
+from hf_guidedquant.errors import (
+    CalibrationError,
+    ConfigError,
+    EvaluationError,
+    ModelError,
+    NonFiniteWeightError,
+    SolverError,
+)
 from hf_guidedquant.evaluate import perplexity
 from hf_guidedquant.formats.lut import codebook_dtype
 from hf_guidedquant.resources import reproducible
@@ -77,7 +84,7 @@ def test_nan_outside_the_linears_is_named_too(llama, name):
 def test_token_rows_beyond_the_models_context_are_refused(llama):
     with pytest.raises(CalibrationError, match="65 tokens, but the model's context is 64"):
         hf_guidedquant.quantize(llama, config(dataset=token_rows(length=65)))
-    with pytest.raises(CalibrationError, match="context=65 is longer"):
+    with pytest.raises(EvaluationError, match="context=65 is longer"):
         perplexity(llama, None, torch.zeros(200, dtype=torch.int64), 65)
 
 

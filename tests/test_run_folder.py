@@ -72,19 +72,22 @@ class Crash(BaseException):
 
 
 def at_the(count, moment, act):
-    """Make the ``count``-th write of this process call ``act`` before, in the middle of, or after its last step."""
+    """Make the ``count``-th write of this process call ``act`` before, in the middle of, or after its last step.
+
+    Of writes by several threads, those that have begun are counted, or after the last step those that have ended.
+    """
     calls = iter(range(1, 10**6))
     replace = os.replace
 
     def failing_replace(source, target):
-        now = next(calls) == count
-        if now and moment == "in the middle":
-            Path(source).write_bytes(Path(source).read_bytes()[:100])
-        if now and moment != "after":
+        if moment == "after":
+            replace(source, target)
+        if next(calls) == count:
+            if moment == "in the middle":
+                Path(source).write_bytes(Path(source).read_bytes()[:100])
             act()
-        replace(source, target)
-        if now:
-            act()
+        if moment != "after":
+            replace(source, target)
 
     return failing_replace
 

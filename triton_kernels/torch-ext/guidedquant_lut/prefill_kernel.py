@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .prmt import decode_half, split4, tables, to_bf16
+from .prmt import decode_half, split4
+from .tile_kernels import load_codebook
 
 # Another name since Triton 3.7.
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -70,19 +71,6 @@ def _load_tile(tile_ptr, lane, BITS: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _load_codebook(lut_ptr, row, BITS: gl.constexpr, TO_BF16: gl.constexpr):
-    """A row's codebook in registers, as the decoder wants it."""
-    pointer = lut_ptr.to(gl.pointer_type(gl.int32)) + row * 2 ** (BITS - 1)
-    entries = ()
-    for i in gl.static_range(2 ** (BITS - 1)):
-        pair = gl.load(pointer + i)
-        if TO_BF16:
-            pair = to_bf16(pair, True)
-        entries = entries + (pair,)
-    return tables(entries, BITS, True)
-
-
-@gluon.jit
 def _decode(words, top, bottom, HALF: gl.constexpr, BITS: gl.constexpr, WARPS: gl.constexpr):
     """The weights of half a block, two in an int32: ``[16 * WARPS, 32]``.
 
@@ -123,8 +111,8 @@ def _load_weights(
     row = tile * 16 + lane // 4
     tile_ptr = tiles_ptr + (tile.to(gl.int64) * blocks + begin) * (64 * BITS)
     words = _load_tile(tile_ptr, lane, BITS, WARPS)
-    top = _load_codebook(lut_ptr, gl.minimum(row, N - 1), BITS, CONVERT)
-    bottom = _load_codebook(lut_ptr, gl.minimum(row + 8, N - 1), BITS, CONVERT)
+    top = load_codebook(lut_ptr, gl.minimum(row, N - 1), BITS, CONVERT, True)
+    bottom = load_codebook(lut_ptr, gl.minimum(row + 8, N - 1), BITS, CONVERT, True)
     return tile_ptr, words, top, bottom
 
 

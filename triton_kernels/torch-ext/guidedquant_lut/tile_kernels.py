@@ -50,7 +50,7 @@ def _load_tiles(
 
 
 @triton.jit
-def _load_codebook(lut_ptr, row, BITS: tl.constexpr, TO_BF16: tl.constexpr, ASM: tl.constexpr):
+def load_codebook(lut_ptr, row, BITS: tl.constexpr, TO_BF16: tl.constexpr, ASM: tl.constexpr):
     """A row's codebook in registers, as the decoder wants it."""
     pointer = lut_ptr.to(tl.pointer_type(tl.int32)) + row * 2 ** (BITS - 1)
     entries = ()
@@ -185,8 +185,8 @@ def vector_kernel(
     bottom = ()
     for r in tl.static_range(ROW_TILES):
         row = (first_tile + r) * 16 + group
-        top = top + (_load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM),)
-        bottom = bottom + (_load_codebook(lut_ptr, tl.minimum(row + 8, N - 1), BITS, CONVERT, ASM),)
+        top = top + (load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM),)
+        bottom = bottom + (load_codebook(lut_ptr, tl.minimum(row + 8, N - 1), BITS, CONVERT, ASM),)
     tokens = ()
     live = ()
     for m in tl.static_range(TOKEN_TILES):
@@ -252,8 +252,8 @@ def matrix_kernel(
     # A tile past the last one repeats it; its rows are never stored.
     tile = tl.minimum(tl.program_id(0) * WARPS + warp, tl.cdiv(N, 16) - 1)
     row = tile * 16 + group
-    top = _load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM)
-    bottom = _load_codebook(lut_ptr, tl.minimum(row + 8, N - 1), BITS, CONVERT, ASM)
+    top = load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM)
+    bottom = load_codebook(lut_ptr, tl.minimum(row + 8, N - 1), BITS, CONVERT, ASM)
     # A split without blocks has a tile to read nevertheless.
     tile_ptr = tiles_ptr + (tile.to(tl.int64) * blocks + tl.minimum(begin, blocks - 1)) * (64 * BITS)
     words = _load_tile(tile_ptr, lane, lane >= 0, BITS, True)
@@ -316,7 +316,7 @@ def dequantize_kernel(
     words = _load_tile(tile_ptr, lane, block < blocks, BITS, False)
     for half in tl.static_range(2):
         row = tl.program_id(0) * 16 + group + 8 * half
-        codebook = _load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM)
+        codebook = load_codebook(lut_ptr, tl.minimum(row, N - 1), BITS, CONVERT, ASM)
         weights = decode_row(words[half], codebook, BITS, ASM)
         for p in tl.static_range(4):
             k = block * 128 + 32 * p + quad * 8

@@ -14,7 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from hf_guidedquant.triton_kernels import TILED_BITS, backend_for, lut_dequantize, lut_linear_tiled, pack_tiles
+from hf_guidedquant.triton_kernels import (
+    TILED_BITS,
+    backend_for,
+    lut_dequantize,
+    lut_linear_tiled,
+    pack_codes,
+    pack_tiles,
+)
 from hf_guidedquant.triton_kernels import prefill_kernel as prefill
 from hf_guidedquant.triton_kernels.configs import PrefillConfig
 from hf_guidedquant.triton_kernels.tensor_core import _PREFILL
@@ -79,11 +86,11 @@ def _on_hopper():
     assert backend_for(torch.device("cuda:0")) == "tensor_core"
 
 
-def problem(bits, rows, inputs, tokens, dtype, scale=1.0):
+def problem(bits, rows, inputs, tokens, dtype):
     """Activations, tiles and codebook on the GPU, and the dense matrix in float64."""
     _, weight, lut = layer(bits, rows, inputs, torch.float16)
     weight, lut = weight.cuda(), lut.cuda()
-    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).mul(scale).to(dtype).cuda()
+    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).to(dtype).cuda()
     return x, pack_tiles(weight, inputs), lut, lut_dequantize(weight, lut, inputs, dtype).double()
 
 
@@ -116,25 +123,51 @@ class TestOnHopper:
                 assert torch.equal(again, y)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_large_activations_and_those_that_are_not_contiguous(self, dtype):
-        x, tiles, lut, dense = problem(3, 300, 1000, 400, dtype, scale=6e3)
-        frame = torch.full((402, 1009), torch.nan, device="cuda", dtype=dtype)
-        view = frame[1:401, 3:1003].copy_(x)
-        assert_close_to_truth(lut_linear_tiled(view, tiles, lut), x, dense)
+    def test_activations_among_others(self, dtype):
+        from hf_guidedquant.triton_kernels.tensor_core import _aligned, launch
+
+        x, tiles, lut, dense = problem(3, 300, 1000, 400, dtype)
+        for gap in (0, 3):
+            frame = torch.full((402, 1016), torch.nan, device="cuda", dtype=dtype)
+            view = frame[1:401, gap : gap + 1000].copy_(x)
+            y = torch.full((400, 300), torch.nan, device="cuda", dtype=dtype)
+            launch(_aligned(view), tiles, lut, None, y, PrefillConfig(2))
+            assert_close_to_truth(y, x, dense)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_large_activations_that_cancel(self, dtype):
+        from hf_guidedquant.triton_kernels.tensor_core import launch
+
+        rows, inputs, tokens = 20, 512, 300
+        codes = torch.arange(inputs).remainder(4).div(2, rounding_mode="floor").to(torch.uint8).expand(rows, inputs)
+        weight = pack_codes(codes.contiguous(), 2).cuda()
+        lut = torch.tensor([[-1.0, 1.0, 2.0, 3.0]]).half().expand(rows, 4).contiguous().cuda()
+        x = torch.full((tokens, inputs), 6e4).to(dtype).cuda()  # pairs sum to 1.2e5, beyond fp16, before they cancel
+        x[:, -1] = 3.0
+        y = torch.full((tokens, rows), torch.nan, device="cuda", dtype=dtype)
+        launch(x, pack_tiles(weight, inputs), lut, None, y, PrefillConfig(1))
+        assert_close_to_truth(y, x, lut_dequantize(weight, lut, inputs, dtype).double())
 
     def test_captured(self):
+        from hf_guidedquant.triton_kernels.tensor_core import launch
+
         x, tiles, lut, dense = problem(2, 300, 1000, 400, torch.float16)
-        lut_linear_tiled(x, tiles, lut)
+        y = torch.full((400, 300), torch.nan, device="cuda", dtype=torch.float16)
+        launch(x, tiles, lut, None, y, PrefillConfig(3))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            y = lut_linear_tiled(x, tiles, lut)
+            launch(x, tiles, lut, None, y, PrefillConfig(3))
         x.mul_(2)
         graph.replay()
         assert_close_to_truth(y, x, dense)
 
-    def test_without_gluon(self, monkeypatch):
+    @pytest.mark.usefixtures("dense_products_in_fp32")
+    def test_the_op_does_without_gluon(self, monkeypatch):
         from hf_guidedquant.triton_kernels import tensor_core
+        from hf_guidedquant.triton_kernels.configs import choose
 
+        assert isinstance(choose((9, 0), 2, 1024, 4096, 4096), PrefillConfig)
+        x, tiles, lut, dense = problem(2, 4096, 4096, 1024, torch.float16)
+        assert_close_to_truth(lut_linear_tiled(x, tiles, lut), x, dense)
         monkeypatch.setattr(tensor_core, "prefill", lambda: None)
-        x, tiles, lut, dense = problem(2, 300, 1000, 400, torch.float16)
         assert_close_to_truth(lut_linear_tiled(x, tiles, lut), x, dense)

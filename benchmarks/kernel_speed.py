@@ -9,8 +9,9 @@ With ``--outliers 0.0045`` also what that share of outliers adds to every produc
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,9 @@ def layer_bytes(rows: int, inputs: int, bits: int) -> float:
     return rows * inputs * bits / 8 + (rows * 2**bits * 2 if bits < 16 else 0)
 
 
-def show_one_token(results: list[dict[str, Any]], bandwidth: float) -> None:
+def show_one_token(results: Iterable[dict[str, Any]], bandwidth: float) -> None:
     print("\n|  N x K, one token | fp16 us |" + "".join(f" {bits}-bit us | ratio | of bandwidth |" for bits in BITS))
-    print("|---|---|" + "---|---|---|" * len(BITS))
+    print("|---|---|" + "---|---|---|" * len(BITS), flush=True)
     for result in results:
         rows, inputs, us = result["rows"], result["inputs"], result["us"]
         line = f"| {rows} x {inputs} | {us[16]:.2f} |"
@@ -78,15 +79,14 @@ def show_one_token(results: list[dict[str, Any]], bandwidth: float) -> None:
         print(line, flush=True)
 
 
-def show_sweep(results: list[dict[str, Any]]) -> None:
-    counts = sorted({result["tokens"] for result in results})
+def show_sweep(shapes: Iterable[list[dict[str, Any]]], counts: list[int]) -> None:
+    """Of every shape its results, in order of the counts."""
     print("\n| ratio to fp16 | bits |" + "".join(f" {count} |" for count in counts))
-    print("|---|---|" + "---|" * len(counts))
-    for rows, inputs in dict.fromkeys((r["rows"], r["inputs"]) for r in results):
-        mine = {r["tokens"]: r["us"] for r in results if (r["rows"], r["inputs"]) == (rows, inputs)}
+    print("|---|---|" + "---|" * len(counts), flush=True)
+    for results in shapes:
         for bits in BITS:
-            ratios = "".join(f" {mine[count][16] / mine[count][bits]:.2f} |" for count in counts)
-            print(f"| {rows} x {inputs} | {bits} |{ratios}", flush=True)
+            ratios = "".join(f" {result['us'][16] / result['us'][bits]:.2f} |" for result in results)
+            print(f"| {results[0]['rows']} x {results[0]['inputs']} | {bits} |{ratios}", flush=True)
 
 
 def show_outliers(results: list[dict[str, Any]], share: float) -> None:
@@ -134,15 +134,23 @@ def main() -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
     share = options.outliers
-    one_token = [result for shape in SHAPES for result in measure(*shape, [1], options.replays, share)]
-    show_one_token(one_token, bandwidth)
-    swept = [result for shape in SWEPT for result in measure(*shape, options.tokens, options.replays, share)]
-    show_sweep(swept)
+    content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
+    one_token: list[dict[str, Any]] = []
+    swept: list[dict[str, Any]] = []
+
+    def measured(shapes: list[tuple[int, int]], counts: list[int], kept: list[dict[str, Any]]) -> Iterator[list]:
+        """Results of shape after shape; what there is so far is in the file, should the run be cut off."""
+        for shape in shapes:
+            found = measure(*shape, counts, options.replays, share)
+            kept += found
+            if options.output:
+                options.output.write_text(json.dumps(content | {"one_token": one_token, "swept": swept}, indent=1))
+            yield found
+
+    show_one_token(chain.from_iterable(measured(SHAPES, [1], one_token)), bandwidth)
+    show_sweep(measured(SWEPT, options.tokens, swept), options.tokens)
     if share:
         show_outliers(one_token + [result for result in swept if result["tokens"] > 1], share)
-    if options.output:
-        content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
-        options.output.write_text(json.dumps(content | {"one_token": one_token, "swept": swept}, indent=1))
     if options.picture:
         draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, options.picture)
 

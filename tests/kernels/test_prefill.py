@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ops import assert_close_to_truth, layer
+from test_ops import assert_close_to_truth
+from test_tensor_core import problem
 
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper")
 import triton
@@ -84,14 +85,6 @@ def _on_hopper():
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("for Hopper")
     assert backend_for(torch.device("cuda:0")) == "tensor_core"
-
-
-def problem(bits, rows, inputs, tokens, dtype):
-    """Activations, tiles and codebook on the GPU, and the dense matrix in float64."""
-    _, weight, lut = layer(bits, rows, inputs, torch.float16)
-    weight, lut = weight.cuda(), lut.cuda()
-    x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(tokens)).to(dtype).cuda()
-    return x, pack_tiles(weight, inputs), lut, lut_dequantize(weight, lut, inputs, dtype).double()
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import get_token, is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, TextStreamer
 
 from .auto import auto_class, check_unquantized, pipeline_task, read_config
@@ -92,13 +93,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     text = _text(options.text) if options.text else None
     if options.tasks:
         check_tasks(options.tasks)
-    if options.original and text is not None:
-        _check_tokens(options.original, options.models, text)
+    names = [*options.models, *filter(None, [options.original])]
+    tokenizers = {name: _tokenizer(name) for name in names}
+    ids = {} if text is None else {name: token_ids(tokenizer, text) for name, tokenizer in tokenizers.items()}
+    if options.original:
+        _check_tokens(options.original, ids)
     original = _load(options, options.original) if options.original else None
-    found = [_measure(options, name, text, original) for name in options.models]
+    found = [_measure(options, name, tokenizers[name], ids.get(name), original) for name in options.models]
     if original is not None:
-        measured: dict[str, Any] = {"tokens": found[0].tokens, "perplexity": found[0].original_perplexity}
-        found.insert(0, replace(_measure(options, options.original, None, None, original), **measured))
+        first = _measure(options, options.original, tokenizers[options.original], None, None, original)
+        found.insert(0, replace(first, tokens=found[0].tokens, perplexity=found[0].original_perplexity))
     _tell(options, found, text is not None)
     if options.picture:
         name = Path(options.text).stem
@@ -120,11 +124,10 @@ def _tell(options: argparse.Namespace, found: list[Measurement], read_text: bool
     _show(options, told, comparison_table(found) + read)
 
 
-def _check_tokens(original: str, models: list[str], text: str) -> None:
+def _check_tokens(original: str, ids: dict[str, Tensor]) -> None:
     """Refuse models that do not read the text as the original does: their answers are about other tokens."""
-    expected = token_ids(_tokenizer(original), text)
-    for name in models:
-        if not torch.equal(token_ids(_tokenizer(name), text), expected):
+    for name, read in ids.items():
+        if not torch.equal(read, ids[original]):
             raise EvaluationError(
                 f"{name} reads the text as other tokens than {original} does. Compare a model with the one it was "
                 "quantized from."
@@ -141,10 +144,10 @@ def _text(file: str) -> str:
     return read_text(file, EvaluationError)
 
 
-def _measure(options: argparse.Namespace, name: str, text: str | None, original: Any, model: Any = None) -> Measurement:
+def _measure(
+    options: argparse.Namespace, name: str, tokenizer: Any, ids: Tensor | None, original: Any, model: Any = None
+) -> Measurement:
     """What the options ask for, of one model."""
-    tokenizer = _tokenizer(name)
-    ids = None if text is None else token_ids(tokenizer, text)
     model = _load(options, name) if model is None else model
     result: dict[str, Any] = {}
     if ids is not None:

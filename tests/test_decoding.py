@@ -484,6 +484,13 @@ def test_the_step_attends_by_itself_and_the_model_does_not_notice(architecture, 
     assert len(attended) == before
 
 
+@pytest.mark.parametrize(("capability", "suits"), [((7, 5), False), ((8, 0), True), ((9, 4), True)])
+def test_old_gpus_attend_with_torch(capability, suits, monkeypatch):
+    monkeypatch.setattr(attention, "backend_for", lambda device: "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention._has_kernel(torch.device("cuda:0")) is suits
+
+
 def test_attention_that_the_kernel_does_not_know_is_that_of_sdpa(attended):
     module = torch.nn.Module()
     query, key, value = (torch.randn(2, 4, n, 16) for n in (1, 6, 6))

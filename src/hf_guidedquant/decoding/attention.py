@@ -65,7 +65,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def attention_for_decoding(model: nn.Module) -> Iterator[None]:
     """Let the layers that use ``sdpa`` use :func:`decode_attention_forward` meanwhile, if there is a kernel for it."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    configs = _configs_with_sdpa(model) if backend_for(device) != "torch" else []
+    configs = _configs_with_sdpa(model) if _has_kernel(device) else []
     # Not the property: it would set the configs inside as well, whatever they use.
     for config in configs:
         config._attn_implementation_internal = NAME
@@ -74,6 +74,12 @@ def attention_for_decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for config in configs:
             config._attn_implementation_internal = "sdpa"
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the kernel suits a device. For NVIDIA GPUs before sm_80, its registers spill kilobytes a thread."""
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return backend_for(device) != "torch" and not old
 
 
 def _configs_with_sdpa(model: nn.Module) -> list[Any]:

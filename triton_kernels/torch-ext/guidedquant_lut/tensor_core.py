@@ -33,11 +33,13 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
     flat = x.reshape(-1, inputs)
     result = x.new_empty(*x.shape[:-1], rows)
     y = result.view(-1, rows)
-    config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
+    config = None
+    if overlay is None or flat.shape[0] <= _SPARSE_TOKENS:
+        config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     if isinstance(config, PrefillConfig) and prefill() is None:
         config = None
     with launching_on(x.device):
-        if config is None or (overlay is not None and flat.shape[0] > _SPARSE_TOKENS):
+        if config is None:
             linear_by_chunks(flat, tiles, lut, bias, y, overlay)
         else:
             launch(_aligned(flat), tiles, lut, bias, y, config)

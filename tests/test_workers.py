@@ -173,6 +173,17 @@ def test_processes_share_a_run_folder_and_statistics(tmp_path):
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
 
 
+def test_the_first_process_hands_over_the_statistics_that_were_kept(tmp_path):
+    extra = {"statistics": str(tmp_path / "statistics"), "output_curvature": True}
+    _, first = quantized_by(2, tmp_path, **extra)
+    (tmp_path / "2-lnq").rename(tmp_path / "before")
+    kept = {path: path.stat().st_ino for path in (tmp_path / "statistics" / "layers").iterdir()}
+    assert len(kept) == len(tiny_model().model.layers) * 7
+    _, again = quantized_by(2, tmp_path, **extra)
+    assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
+    assert kept == {path: path.stat().st_ino for path in (tmp_path / "statistics" / "layers").iterdir()}
+
+
 def test_processes_go_on_with_the_same_block(tmp_path):
     training = {"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
     extra = {"run_dir": str(tmp_path / "run"), "reconstruct": training}

@@ -208,7 +208,8 @@ def test_a_run_that_is_killed_while_it_distills_ends_with_the_same_bytes(step, u
         hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
 
     in_a_killed_process(run)
-    assert len(layer_files(run_dir)) == 3
+    # Four steps are an epoch.
+    assert len(layer_files(run_dir)) == (3 if step < 5 else 4)
     monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
     model = hf_guidedquant.quantize(tiny_model(), config(run_dir=run_dir, **FEW))
     assert saved(model, tmp_path / "model") == undisturbed

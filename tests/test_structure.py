@@ -48,6 +48,7 @@ ROOMS = [
     "probe",
     "forecast",
     "trained_blocks",
+    "distillation_folder",
     "run_folder",
     "pipeline",
     "lora",

@@ -166,7 +166,7 @@ def test_two_processes_quantize_as_one(method, segments, curvature, tmp_path):
 
 
 def test_processes_share_a_run_folder_and_statistics(tmp_path):
-    extra = {"run_dir": str(tmp_path / "run"), "statistics": str(tmp_path / "statistics")}
+    extra = {"run_dir": str(tmp_path / "run"), "statistics": str(tmp_path / "statistics"), "distill": True}
     _, first = quantized_by(2, tmp_path, **extra)
     (tmp_path / "2-lnq").rename(tmp_path / "before")
     _, again = quantized_by(2, tmp_path, **extra)

@@ -203,10 +203,10 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             quantized that is larger than the GPU. Weights on a GPU stay where they are.
         max_memory: GiB that may be in use on every device, the weights that lie there included. Less memory means more
             segments of the model, which are calibrated and solved one after the other. Default: what is free.
-        run_dir: A folder that keeps every finished layer, and every block whose training (``reconstruct``) is
-            finished, so that the same call goes on after a crash or a kill, with the same result to the byte. Refused
-            if anything that solved layers depend on has changed. Not saved with the model; delete it when that is
-            saved.
+        run_dir: A folder that keeps every finished layer, every block whose training (``reconstruct``) is finished, and
+            the last finished epoch of ``distill``, so that the same call goes on after a crash or a kill, with the same
+            result to the byte. Refused if anything that solved layers depend on has changed. Not saved with the model;
+            delete it when that is saved.
         statistics: A folder that keeps the Hessians. Later runs on the same model and data, with other bits or
             another method, need no pass over the data. Or ``"hf://owner/name"``, a Hub repository with the contents
             of such a folder, which is only read. Not saved with the model.

@@ -3,8 +3,9 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from .calibration import (
     Calibration,
     Footprint,
     Outline,
+    Relay,
     Segment,
     StatisticsStore,
     divide,
@@ -37,6 +39,7 @@ from .calibration import (
 )
 from .calibration.store import statistics_identity
 from .config import QUANT_METHOD, GuidedQuantConfig
+from .distillation_folder import DistillationFolder
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .experts import unfused
 from .fingerprint import environment, model_fingerprint, versions
@@ -48,7 +51,7 @@ from .report import Report
 from .resources import VISIT_SHARE, free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
-from .training import check_blocks, distill, reconstruct, teacher_states
+from .training import DistillReport, ReconstructReport, check_blocks, distill, reconstruct, teacher_states
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -87,78 +90,138 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     if (embeddings := quantized_embeddings(model, layers_plan.layers)) is not None:
         scale_of(model.get_submodule(embeddings[0]))  # Raises what must not be noticed after hours of work.
     seconds: dict[str, float] = {}
-    with (
-        reproducible(),
-        open_run_folder(config.run_dir if workers.first else None) as run_folder,
-        open_statistics(config.statistics if workers.first else None) as store,
-    ):
-        with _timed("data", seconds):
-            calibration = _calibration(model, config, layers_plan)
-            drawn = outline_for(model, config, calibration)
-            run_once = outline(model, 1, False, place_for(config)) if calibration is None else drawn
-            layers_plan = called_only(model, layers_plan, run_once.reads)
-            layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
-            workers.check_agreement(_common(model, config, layers_plan, calibration))
-            if config.reconstruct:
-                check_blocks(model, drawn)
-            work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
-            segments, batches_of, finished = workers.tell(work, 0)
-            relay = relay_for(model, config, drawn, segments, calibration, workers)
-        originals: list[Tensor] = []
-        if calibration is not None and config.distill:
-            with _timed("distillation", seconds), _where_work_is_done(model, config):
-                originals = teacher_states(model, calibration.rows)
-        order = [number for number in relay.order if batches_of[number]]
-        for step, number in enumerate(order, start=1):
-            todo = batches_of[number]
-            with _timed("calibration", seconds):
-                needed = with_fellows(model, list(chain(*todo)), segments[number].layers)
-                statistics = gather(model, relay, number, needed, config, store, workers)
-                lend(model, statistics)
-            with _timed("solving", seconds):
-                which = f" {step}/{len(order)}" if len(order) > 1 else ""
-                solved = solve_together(model, todo, statistics, config, "Solving" + which, workers)
-                for tensors, report in solved:
-                    name = report.plan.name
-                    if name in finished:
-                        continue
-                    finished[name] = tensors, report
-                    if run_folder is not None:
-                        run_folder.commit(tensors, report)
-        reconstruction = None
-        if calibration is not None and (how := config.reconstruct_spec) is not None:
-            with _timed("reconstruction", seconds):
-                layers = {name: tensors for name, (tensors, _) in finished.items()}
-                kept = None if run_folder is None else run_folder.trained_blocks(how, calibration, drawn, layers)
-                trained, reconstruction = reconstruct(
-                    model,
-                    drawn,
-                    calibration.rows,
-                    layers,
-                    how,
-                    embeddings=None if embeddings is None else _quantized(model, *embeddings, layers),
-                    seed=config.seed,
-                    place=place_for(config),
-                    workers=workers,
-                    done=workers.tell([] if kept is None else kept.finished(), 0),
-                    keep=None if kept is None else kept.commit,
-                )
-                finished = {name: (trained[name], report) for name, (_, report) in finished.items()}
-    summary = _summary(model, layers_plan, finished, seconds)
-    summary.reconstruction = reconstruction
-    config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
-    config.provenance = _provenance(model, config, calibration)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    _swap(model, layers_plan, finished, embeddings, config)
-    summary.settings = config.to_dict()
-    if calibration is not None and (spec := config.distill_spec) is not None:
-        with _timed("distillation", seconds), reproducible(), _where_work_is_done(model, config):
-            summary.distillation = distill(model, calibration.rows, originals, spec, config.seed, workers, head)
+    with open_run_folder(config.run_dir if workers.first else None) as run_folder:
+        with reproducible(), open_statistics(config.statistics if workers.first else None) as store:
+            with _timed("data", seconds):
+                calibration = _calibration(model, config, layers_plan)
+                drawn = outline_for(model, config, calibration)
+                run_once = outline(model, 1, False, place_for(config)) if calibration is None else drawn
+                layers_plan = called_only(model, layers_plan, run_once.reads)
+                layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
+                workers.check_agreement(_common(model, config, layers_plan, calibration))
+                if config.reconstruct:
+                    check_blocks(model, drawn)
+                work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
+                segments, batches_of, finished = workers.tell(work, 0)
+                relay = relay_for(model, config, drawn, segments, calibration, workers)
+            originals: list[Tensor] = []
+            if calibration is not None and config.distill:
+                with _timed("distillation", seconds), _where_work_is_done(model, config):
+                    originals = teacher_states(model, calibration.rows)
+            job = _Job(model, config, workers, run_folder, calibration, drawn, seconds)
+            job.solve(relay, segments, batches_of, finished, store)
+            reconstruction = job.reconstruct(finished, embeddings)
+        summary = _summary(model, layers_plan, finished, seconds)
+        summary.reconstruction = reconstruction
+        config.modules = {layer.plan.name: layer.settings(config) for layer in summary.layers}
+        config.provenance = _provenance(model, config, calibration)
+        distillation_folder = job.distillation_folder(finished)
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        _swap(model, layers_plan, finished, embeddings, config)
+        summary.settings = config.to_dict()
+        summary.distillation = job.distill(originals, head, distillation_folder)
     if workers.first:
         logger.info("Quantized %s\n%s", summary.model, summary.table())
         if config.run_dir is not None:
             leave_page(summary, Path(config.run_dir) / PAGE_FILE)
     return summary
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the stages of a run have in common. ``run_folder`` is the first process' own."""
+
+    model: PreTrainedModel
+    config: GuidedQuantConfig
+    workers: Workers
+    run_folder: RunFolder | None
+    calibration: Calibration | None
+    drawn: Outline
+    seconds: dict[str, float]
+
+    def solve(
+        self,
+        relay: Relay,
+        segments: Sequence[Segment],
+        batches_of: Sequence[Sequence[list[LayerPlan]]],
+        finished: dict[str, Finished],
+        store: StatisticsStore | None,
+    ) -> None:
+        """Hessians and solutions, segment after segment; they are added to ``finished``."""
+        order = [number for number in relay.order if batches_of[number]]
+        for step, number in enumerate(order, start=1):
+            todo = batches_of[number]
+            with _timed("calibration", self.seconds):
+                needed = with_fellows(self.model, list(chain(*todo)), segments[number].layers)
+                statistics = gather(self.model, relay, number, needed, self.config, store, self.workers)
+                lend(self.model, statistics)
+            with _timed("solving", self.seconds):
+                title = f"Solving {step}/{len(order)}" if len(order) > 1 else "Solving"
+                solved = solve_together(self.model, todo, statistics, self.config, title, self.workers)
+                for tensors, report in solved:
+                    name = report.plan.name
+                    if name in finished:
+                        continue
+                    finished[name] = tensors, report
+                    if self.run_folder is not None:
+                        self.run_folder.commit(tensors, report)
+
+    def reconstruct(
+        self, finished: dict[str, Finished], embeddings: tuple[str, str] | None
+    ) -> ReconstructReport | None:
+        """Train the solved layers block by block, if that is wanted; they take the place of those in ``finished``."""
+        spec = self.config.reconstruct_spec
+        if spec is None or self.calibration is None:
+            return None
+        with _timed("reconstruction", self.seconds):
+            layers = _tensors(finished)
+            folder = self.run_folder and self.run_folder.trained_blocks(spec, self.calibration, self.drawn, layers)
+            trained, report = reconstruct(
+                self.model,
+                self.drawn,
+                self.calibration.rows,
+                layers,
+                spec,
+                embeddings=None if embeddings is None else _quantized(self.model, *embeddings, layers),
+                seed=self.config.seed,
+                place=place_for(self.config),
+                workers=self.workers,
+                done=self.workers.tell(folder.finished() if folder else [], 0),
+                keep=folder.commit if folder else None,
+            )
+            finished |= {name: (trained[name], solved) for name, (_, solved) in finished.items()}
+        return report
+
+    def distillation_folder(self, finished: Mapping[str, Finished]) -> DistillationFolder | None:
+        """Where the epochs of a distillation that begins with these layers are kept."""
+        spec = self.config.distill_spec
+        if spec is None or self.calibration is None or self.run_folder is None:
+            return None
+        return self.run_folder.distillation(spec, self.calibration, _tensors(finished))
+
+    def distill(
+        self, originals: Sequence[Tensor], head: nn.Module | None, folder: DistillationFolder | None
+    ) -> DistillReport | None:
+        """Train the codebooks of the quantized model end to end, if that is wanted."""
+        spec = self.config.distill_spec
+        if spec is None or self.calibration is None:
+            return None
+        with _timed("distillation", self.seconds), reproducible(), _where_work_is_done(self.model, self.config):
+            return distill(
+                self.model,
+                self.calibration.rows,
+                originals,
+                spec,
+                self.config.seed,
+                self.workers,
+                head,
+                done=self.workers.tell(folder.finished() if folder else None, 0),
+                keep=folder.commit if folder else None,
+            )
+
+
+def _tensors(finished: Mapping[str, Finished]) -> dict[str, dict[str, Tensor]]:
+    return {name: tensors for name, (tensors, _) in finished.items()}
 
 
 def _quantized(model: nn.Module, name: str, source: str, layers: Mapping[str, dict[str, Tensor]]) -> GuidedLinear:

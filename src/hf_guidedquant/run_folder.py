@@ -2,7 +2,7 @@
 
 run_dir/run.json   what the run depends on, and which layers are solved together
 run_dir/layers/*   one file per finished layer: its packed tensors and its entry of the report; one per block that is
-                   trained (see trained_blocks.py)
+                   trained (see trained_blocks.py), and one for the epochs of distillation (distillation_folder.py)
 run_dir/lock       held by the process that is at work
 """
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .calibration import Calibration, Outline
-from .config import PERSISTED, GuidedQuantConfig, ReconstructSpec
+from .config import PERSISTED, DistillSpec, GuidedQuantConfig, ReconstructSpec
+from .distillation_folder import DistillationFolder, distillation_identity
 from .fingerprint import environment, tokenizer_fingerprint
 from .formats import lut as lut_format
 from .formats.lut import TensorSpec
@@ -127,6 +128,12 @@ class RunFolder:
         """The place for blocks that are trained. ``layers`` are all that were solved."""
         identity = training_identity(spec, calibration, layers)
         return TrainedBlocks(self._folder, identity, layers_by_block(drawn, layers))
+
+    def distillation(
+        self, spec: DistillSpec, calibration: Calibration, layers: Mapping[str, dict[str, Tensor]]
+    ) -> DistillationFolder:
+        """The place for epochs of distillation. ``layers`` are all that it begins with."""
+        return DistillationFolder(self._folder, distillation_identity(spec, calibration, layers))
 
 
 def _batches(names: Any, plan: Plan) -> list[list[LayerPlan]] | None:

@@ -2,13 +2,14 @@
 
 from .batches import held_back, stack_size
 from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, layers_by_block
-from .distillation import DistillReport, distill
+from .distillation import DistilledEpochs, DistillReport, distill
 from .divergence import Divergence, logit_bytes, output_head, teacher_states
 from .reconstruction import check_blocks, reconstruct
 
 __all__ = [
     "BlockReport",
     "DistillReport",
+    "DistilledEpochs",
     "Divergence",
     "Layers",
     "ReconstructReport",

@@ -5,7 +5,7 @@ KL(original ‖ quantized).
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from ..running import (
 )
 from ..workers import Workers
 from .batches import batches, rate, set_aside, shuffled, stacks
+from .blocks import Layers
 from .divergence import Divergence
 from .steps import Steps
 
@@ -59,6 +60,35 @@ class DistillReport:
         )
 
 
+@dataclass(frozen=True)
+class DistilledEpochs:
+    """A distillation after some of its epochs: all that those behind them depend on.
+
+    Attributes:
+        trained, held_back, best_epoch: As in :class:`DistillReport`, so far.
+        layers: Of every layer, by name: its ``codebook`` as it is now and the ``best`` so far, fp32 ``[N, L]``, and
+            what AdamW remembers of it: ``step`` (a scalar), ``exp_avg`` and ``exp_avg_sq``.
+    """
+
+    trained: tuple[float, ...]
+    held_back: tuple[float, ...]
+    best_epoch: int
+    layers: Layers
+
+    def fits(self, codebooks: Mapping[str, Tensor], epochs: int) -> bool:
+        """Whether they are of these codebooks, and of a distillation of so many epochs."""
+        shapes = {
+            name: {"codebook": c.shape, "best": c.shape, "step": (), "exp_avg": c.shape, "exp_avg_sq": c.shape}
+            for name, c in codebooks.items()
+        }
+        return (
+            len(self.trained) in range(1, epochs + 1)
+            and len(self.held_back) == len(self.trained) + 1
+            and self.best_epoch in range(len(self.held_back))
+            and {name: {key: t.shape for key, t in kept.items()} for name, kept in self.layers.items()} == shapes
+        )
+
+
 def distill(
     model: PreTrainedModel,
     rows: Sequence[Tensor],
@@ -67,6 +97,8 @@ def distill(
     seed: int = 0,
     workers: Workers | None = None,
     head: nn.Module | None = None,
+    done: DistilledEpochs | None = None,
+    keep: Callable[[DistilledEpochs], object] | None = None,
 ) -> DistillReport:
     """Train the codebooks of a quantized model, in place, and keep those of the best epoch, the start included.
 
@@ -83,6 +115,8 @@ def distill(
         seed: Of the order of the rows, and of the choice of those held back.
         workers: Processes that quantize together.
         head: The original's output head, if that of ``model`` is quantized. Neither it nor embeddings are trained.
+        done: Epochs that are behind, from all of the above.
+        keep: Called after every other epoch.
     """
     workers = workers or Workers()
     generator = torch.Generator().manual_seed(seed)
@@ -95,36 +129,55 @@ def distill(
         codebooks = stack.enter_context(_trained_codebooks(model))
         for context in (evaluating(model), checkpointed(model), mixed_precision(device), rows_of_their_own()):
             stack.enter_context(context)
+        parameters = list(codebooks.values())
         steps = Steps(
-            divergence.summed, _groups(codebooks, spec.learning_rate), clip=1.0, graphs=worth_graphs(model, device)
+            divergence.summed, _groups(parameters, spec.learning_rate), clip=1.0, graphs=worth_graphs(model, device)
         )
         stack.enter_context(repeatable_backward(device, lambda: steps.try_out(*divergence.of(training[:1]))))
-        trained, found = [], [divergence.mean(held_back)]
-        best, best_epoch = _copy(codebooks), 0
-        done, total = 0, spec.epochs * divergence.tokens(training)
-        with tqdm(total=total, desc="Distilling", unit="token", unit_scale=True) as bar:
+        if done is not None and not done.fits(codebooks, spec.epochs):
+            logger.warning("What was kept of distillation is not of this model; it begins anew.")
+            done = None
+        if done is None:
+            trained, found, best_epoch = [], [divergence.mean(held_back)], 0
+            best = _copy(parameters)
+        else:
+            trained, found, best_epoch = [*done.trained], [*done.held_back], done.best_epoch
+            best = _restore(codebooks, steps, done.layers)
+        tokens_each = divergence.tokens(training)
+        total = spec.epochs * tokens_each
+        with tqdm(
+            initial=len(trained) * tokens_each, total=total, desc="Distilling", unit="token", unit_scale=True
+        ) as bar:
             for epoch in range(1, spec.epochs + 1):
-                for batch in batches(rows, shuffled(training, generator), spec.batch_tokens):
+                # The order is drawn of the epochs that are behind, too.
+                order = shuffled(training, generator)
+                if epoch <= len(trained):
+                    continue
+                behind = (epoch - 1) * tokens_each
+                for batch in batches(rows, order, spec.batch_tokens):
                     tokens = divergence.tokens(batch)
                     for together in stacks(rows, batch):
                         steps.add(*divergence.of(together))
-                    steps.step(rate((done + tokens / 2) / total), tokens)
-                    done += tokens
+                    steps.step(rate((behind + tokens / 2) / total), tokens)
+                    behind += tokens
                     bar.update(tokens)
-                trained.append(steps.total() / divergence.tokens(training))
+                trained.append(steps.total() / tokens_each)
                 found.append(divergence.mean(held_back))
                 logger.info("Distilled epoch %d: KL %.4f, held back %.4f", epoch, trained[-1], found[-1])
                 if found[-1] < found[best_epoch]:
-                    best, best_epoch = _copy(codebooks), epoch
-        for codebook, values in zip(codebooks, best, strict=True):
+                    best, best_epoch = _copy(parameters), epoch
+                if keep is not None:
+                    layers = _kept(codebooks, best, steps)
+                    keep(DistilledEpochs(tuple(trained), tuple(found), best_epoch, layers))
+        for codebook, values in zip(parameters, best, strict=True):
             workers.hand_over(values, 0)
             codebook.data.copy_(values)
     return workers.tell(DistillReport(tuple(trained), tuple(found), best_epoch, len(held_back)), 0)
 
 
 @contextmanager
-def _trained_codebooks(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The codebooks of a model as its only parameters with gradients; what they are at the end is what it keeps.
+def _trained_codebooks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """A model's codebooks, by layer, as its only parameters with gradients; it keeps what they are at the end.
 
     After an exception the model is as it was.
     """
@@ -137,7 +190,7 @@ def _trained_codebooks(model: nn.Module) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(False)
         for name, layer in layers.items():
             replace_module(model, name, layer)
-        yield [layer.codebook for layer in layers.values()]
+        yield {name: layer.codebook for name, layer in layers.items()}
         finished = {name: layer.quantized() for name, layer in layers.items()}
     finally:
         for name, module in finished.items():
@@ -156,4 +209,19 @@ def _copy(codebooks: Sequence[nn.Parameter]) -> list[Tensor]:
     return [codebook.detach().clone() for codebook in codebooks]
 
 
-__all__ = ["DistillReport", "distill"]
+def _kept(codebooks: Mapping[str, Tensor], best: Sequence[Tensor], steps: Steps) -> Layers:
+    """What :class:`DistilledEpochs` has of every layer."""
+    parts = zip(codebooks.items(), best, steps.state(), strict=True)
+    return {name: {"codebook": codebook.detach(), "best": chosen, **state} for (name, codebook), chosen, state in parts}
+
+
+def _restore(codebooks: Mapping[str, nn.Parameter], steps: Steps, layers: Layers) -> list[Tensor]:
+    """Put the codebooks, and what AdamW remembers, back to what they were; returns the best ones."""
+    kept = [layers[name] for name in codebooks]
+    for codebook, own in zip(codebooks.values(), kept, strict=True):
+        codebook.data.copy_(own["codebook"])
+    steps.restore([{name: own[name] for name in ("step", "exp_avg", "exp_avg_sq")} for own in kept])
+    return [own["best"].to(codebook.device) for codebook, own in zip(codebooks.values(), kept, strict=True)]
+
+
+__all__ = ["DistillReport", "DistilledEpochs", "distill"]

@@ -1,6 +1,6 @@
 """Steps down a loss: gradients of rows are added up, then AdamW moves the parameters. On a GPU both are CUDA graphs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,8 @@ class Steps:
         graphs: bool = False,
     ) -> None:
         self._clip, self._after = clip, after
-        parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
-        self._device = parameters[0].device
+        self._parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+        self._device = self._parameters[0].device
         rates = [torch.zeros((), device=self._device) for _ in groups]
         self._largest = torch.tensor([group["largest"] for group in groups], device=self._device)
         self._optimizer: Any = torch.optim.AdamW(
@@ -51,8 +51,8 @@ class Steps:
         self._rates = rates
         self._rate, self._items = (torch.zeros((), device=self._device) for _ in range(2))
         self._total = torch.zeros((), device=self._device, dtype=torch.float64)
-        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         # Not a method: what refers to itself keeps its memory until Python looks for such things.
         self._backward = partial(_backward, loss, self._total)
@@ -86,6 +86,15 @@ class Steps:
         total = float(self._total)
         self._total.zero_()
         return total
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """What AdamW remembers of every parameter, in order: the number of its steps, and its gradient's moments."""
+        return [dict(self._optimizer.state[parameter]) for parameter in self._parameters]
+
+    def restore(self, state: Sequence[Mapping[str, Tensor]]) -> None:
+        """Go on from what :meth:`state` was. Only before the first step."""
+        for parameter, kept in zip(self._parameters, state, strict=True):
+            self._optimizer.state[parameter] = {name: tensor.to(self._device) for name, tensor in kept.items()}
 
     def try_out(self, *inputs: Sequence[Tensor]) -> None:
         """Compute the gradients of rows, and forget them."""

@@ -94,7 +94,7 @@ class Steps:
     def restore(self, state: Sequence[Mapping[str, Tensor]]) -> None:
         """Go on from what :meth:`state` was. Only before the first step."""
         for parameter, kept in zip(self._parameters, state, strict=True):
-            self._optimizer.state[parameter] = {name: tensor.to(self._device) for name, tensor in kept.items()}
+            self._optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in kept.items()}
 
     def try_out(self, *inputs: Sequence[Tensor]) -> None:
         """Compute the gradients of rows, and forget them."""

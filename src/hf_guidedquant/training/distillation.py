@@ -143,17 +143,15 @@ def distill(
         else:
             trained, found, best_epoch = [*done.trained], [*done.held_back], done.best_epoch
             best = _restore(codebooks, steps, done.layers)
-        tokens_each = divergence.tokens(training)
-        total = spec.epochs * tokens_each
-        with tqdm(
-            initial=len(trained) * tokens_each, total=total, desc="Distilling", unit="token", unit_scale=True
-        ) as bar:
+        each = divergence.tokens(training)
+        total = spec.epochs * each
+        with tqdm(initial=len(trained) * each, total=total, desc="Distilling", unit="token", unit_scale=True) as bar:
             for epoch in range(1, spec.epochs + 1):
                 # The order is drawn of the epochs that are behind, too.
                 order = shuffled(training, generator)
                 if epoch <= len(trained):
                     continue
-                behind = (epoch - 1) * tokens_each
+                behind = (epoch - 1) * each
                 for batch in batches(rows, order, spec.batch_tokens):
                     tokens = divergence.tokens(batch)
                     for together in stacks(rows, batch):
@@ -161,7 +159,7 @@ def distill(
                     steps.step(rate((behind + tokens / 2) / total), tokens)
                     behind += tokens
                     bar.update(tokens)
-                trained.append(steps.total() / tokens_each)
+                trained.append(steps.total() / each)
                 found.append(divergence.mean(held_back))
                 logger.info("Distilled epoch %d: KL %.4f, held back %.4f", epoch, trained[-1], found[-1])
                 if found[-1] < found[best_epoch]:

@@ -39,14 +39,16 @@ def size_of(model):
         {},
         {"num_groups": 1},
         {"guided": False},
-        {"output_curvature": True},
+        {"output_curvature": True, "lnq_iterations": 1, "lnq_cycles": 1},
         *({"method": method} for method in METHODS if method != "lnq"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_memory_within_15_percent(architecture, changes):
-    model, settings = tiny_model(architecture, blocks=6), config(**changes)
+    settings = config(**changes)
+    # Its steps are many small operations, all of which are counted here.
+    model = tiny_model(architecture, blocks=2 if settings.output_curvature else 6)
     dense = size_of(model)
     planned = plan(model, settings).memory["cpu"]
     with Memory() as used:

@@ -170,7 +170,7 @@ CASES = {
     "unrolled": (2, 33, 776, 1, torch.float16, VectorConfig(1, 1, 4, 1, 0, 0)),
     "even": (2, 16, 1024, 2, torch.float16, VectorConfig(1, 1, 2, 2, 0, 0)),
     "ahead": (3, 20, 1160, 3, torch.float16, VectorConfig(1, 1, 2, 2, 0, 1)),
-    "ahead-even": (2, 40, 1024, 17, torch.float16, VectorConfig(2, 2, 2, 1, 0, 1)),
+    "ahead-even": (2, 40, 512, 17, torch.float16, VectorConfig(2, 2, 2, 1, 0, 1)),
     "row-tiles": (2, 40, 264, 9, torch.float16, VectorConfig(2, 1, 1, 2, 0, 0)),
     "token-tiles": (2, 17, 264, 33, torch.float16, VectorConfig(1, 2, 1, 2, 0, 0)),
     "bfloat16": (2, 17, 264, 2, torch.bfloat16, VectorConfig(1, 1, 1, 4, 0, 0)),

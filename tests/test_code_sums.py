@@ -46,6 +46,7 @@ def test_an_infinite_value_spoils_its_own_code_only():
 
 
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_what_is_below_in_a_process_with_the_interpreter():
     run_interpreted_tests(__file__)
 

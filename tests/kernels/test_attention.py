@@ -78,6 +78,7 @@ def test_without_a_kernel_torch_computes_it(shape, mask_kind):
 
 
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_everything_below_in_a_process_with_the_interpreter():
     run_interpreted_tests(__file__)
 

@@ -16,6 +16,7 @@ TOKENS_AND_COUNTS = [(1, 1), (1, 3), (1, 40), (2, 19), (4, 5), (5, 5), (8, 33), 
 
 
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_everything_interpreted_below_in_a_process_with_the_interpreter():
     run_interpreted_tests(__file__)
 

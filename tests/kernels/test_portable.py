@@ -24,6 +24,7 @@ SHAPES = [(1, 1), (3, 31), (5, 32), (4, 33), (17, 129), (33, 257), (9, 1025)]
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="the tests of this file run in this process")
+@pytest.mark.timeout(900)
 def test_everything_below_in_a_process_with_the_interpreter():
     # Triton must find the variable when it is first imported. Here conftest has imported transformers, and that triton.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

@@ -140,6 +140,7 @@ def test_the_table_has_a_launch_for_every_product_that_is_not_better_dense():
 
 
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_everything_below_in_a_process_with_the_interpreter():
     run_interpreted_tests(__file__)
 

@@ -16,6 +16,7 @@ EPS32 = torch.finfo(torch.float32).eps
 
 
 @not_interpreted
+@pytest.mark.timeout(900)
 def test_everything_below_in_a_process_with_the_interpreter():
     run_interpreted_tests(__file__)
 

@@ -29,8 +29,9 @@ types: $(ready)
 	$(bin)/mypy
 
 # A process per core, with one thread each: threads of several processes would wait for each other.
+# Tests take between milliseconds and a minute, so who has none left takes from the others.
 unit: $(ready)
-	OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(bin)/python -m pytest -q -n auto --dist worksteal
 
 # The end-to-end tests on other versions of transformers, laid over the environment without changing it.
 compat: $(ready)
@@ -41,7 +42,7 @@ compat: $(ready)
 	    $(bin)/pip install -q --target $$overlay.part --no-deps transformers==$$version && \
 	    mv $$overlay.part $$overlay; } || exit 1; \
 	  echo "== transformers $$version"; \
-	  OMP_NUM_THREADS=1 PYTHONPATH=$$overlay $(bin)/python -m pytest -q -n auto $(end_to_end) || exit 1; \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$$overlay $(bin)/python -m pytest -q -n auto --dist worksteal $(end_to_end) || exit 1; \
 	done
 
 setup: $(ready)

@@ -121,10 +121,11 @@ def test_the_best_epoch_may_be_behind(tmp_path, monkeypatch):
     assert saved(model, tmp_path / "model") == expected
 
 
-def test_a_finished_run_trains_nothing(run_dir, undisturbed, tmp_path, steps, monkeypatch):
+def test_a_finished_run_trains_nothing(run_dir, undisturbed, tmp_path, steps, log, monkeypatch):
     monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
     assert saved(quantize(run_dir), tmp_path / "model") == undisturbed
     assert not steps
+    assert "3 of 3 epochs are distilled in " in log.text
 
 
 @pytest.mark.parametrize(

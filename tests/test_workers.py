@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import memory_for, tiny_model
+from conftest import memory_for, tiny_model, token_rows
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
@@ -60,10 +60,10 @@ print("went on alone")
 """
 
 
-def launch(script, tmp_path, processes=2, *arguments):
+def launch(script, tmp_path, *arguments):
     path = tmp_path / "script.py"
     path.write_text(script, encoding="utf-8")
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *start, str(path), *arguments]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
 
@@ -127,14 +127,14 @@ print(f"rows {model.quantization_report.settings['provenance']['rows']}")
 """
 
 
-def quantized_by(processes, tmp_path, method="lnq", **extra):
-    """The state dicts of all processes that quantize a model together."""
-    folder = tmp_path / f"{processes}-{method}"
+def quantized_by(tmp_path, method="lnq", **extra):
+    """The state dicts of two processes that quantize a model together, in a folder of their own."""
+    folder = tmp_path / f"model{len(list(tmp_path.glob('model*')))}"
     folder.mkdir()
-    done = launch(QUANTIZE, folder, processes, str(Path(__file__).parent), str(folder), method, json.dumps(extra))
+    done = launch(QUANTIZE, folder, str(Path(__file__).parent), str(folder), method, json.dumps(extra))
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("rows 10") == processes
-    return folder, [torch.load(folder / f"state{rank}.pt") for rank in range(processes)]
+    assert done.stdout.count("rows 10") == 2
+    return folder, [torch.load(folder / f"state{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +147,9 @@ def test_two_processes_quantize_as_one(method, segments, curvature, tmp_path):
         config = GuidedQuantConfig(bits=3, num_groups=2, method=method, seq_len=33)
         config.max_memory = extra["max_memory"] = 1.01 * memory_for(tiny_model(), config)
         assert hf_guidedquant.plan(tiny_model(), config, probe=False).segments == 2
-    _, (alone,) = quantized_by(1, tmp_path, method, **extra)
-    folder, states = quantized_by(2, tmp_path, method, **extra)
+    settings = GuidedQuantConfig(bits=3, dataset=token_rows(5) * 2, num_groups=2, method=method, **extra)
+    alone = hf_guidedquant.quantize(tiny_model(), settings).state_dict()
+    folder, states = quantized_by(tmp_path, method, **extra)
     weights = different = 0
     for name, tensor in alone.items():
         assert torch.equal(states[0][name], states[1][name]), name
@@ -167,19 +168,17 @@ def test_two_processes_quantize_as_one(method, segments, curvature, tmp_path):
 
 def test_processes_share_a_run_folder_and_statistics(tmp_path):
     extra = {"run_dir": str(tmp_path / "run"), "statistics": str(tmp_path / "statistics"), "distill": True}
-    _, first = quantized_by(2, tmp_path, **extra)
-    (tmp_path / "2-lnq").rename(tmp_path / "before")
-    _, again = quantized_by(2, tmp_path, **extra)
+    _, first = quantized_by(tmp_path, **extra)
+    _, again = quantized_by(tmp_path, **extra)
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
 
 
 def test_the_first_process_hands_over_the_statistics_that_were_kept(tmp_path):
     extra = {"statistics": str(tmp_path / "statistics"), "output_curvature": True}
-    _, first = quantized_by(2, tmp_path, **extra)
-    (tmp_path / "2-lnq").rename(tmp_path / "before")
+    _, first = quantized_by(tmp_path, **extra)
     kept = {path: path.stat().st_ino for path in (tmp_path / "statistics" / "layers").iterdir()}
     assert len(kept) == len(tiny_model().model.layers) * 7
-    _, again = quantized_by(2, tmp_path, **extra)
+    _, again = quantized_by(tmp_path, **extra)
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
     assert kept == {path: path.stat().st_ino for path in (tmp_path / "statistics" / "layers").iterdir()}
 
@@ -187,26 +186,25 @@ def test_the_first_process_hands_over_the_statistics_that_were_kept(tmp_path):
 def test_processes_go_on_with_the_same_block(tmp_path):
     training = {"batch_tokens": 64, "epochs": 8, "latent_learning_rate": 0.01}
     extra = {"run_dir": str(tmp_path / "run"), "reconstruct": training}
-    _, first = quantized_by(2, tmp_path, **extra)
-    (tmp_path / "2-lnq").rename(tmp_path / "before")
+    before, first = quantized_by(tmp_path, **extra)
     kept, lost = (LayerFolder(tmp_path / "run", "run.json", "run_dir").file(f"model.layers.{n}") for n in (0, 1))
     written = kept.stat().st_ino
     lost.unlink()
-    folder, again = quantized_by(2, tmp_path, **extra)
+    folder, again = quantized_by(tmp_path, **extra)
     assert all(torch.equal(again[rank][name], tensor) for rank in (0, 1) for name, tensor in first[rank].items())
     assert lost.exists()
     assert kept.stat().st_ino == written
-    before, after = (
+    reports = [
         json.loads((place / "model" / "guidedquant_report.json").read_text())["reconstruction"]
-        for place in (tmp_path / "before", folder)
-    )
-    assert before == after
-    assert all(block["trained"] < block["solved"] for block in after["blocks"])
+        for place in (before, folder)
+    ]
+    assert reports[0] == reports[1]
+    assert all(block["trained"] < block["solved"] for block in reports[0]["blocks"])
 
 
 def test_two_processes_end_with_the_same_trained_layers(tmp_path):
     training = {"batch_tokens": 64, "learning_rate": 0.01}
-    folder, states = quantized_by(2, tmp_path, distill=training, reconstruct={**training, "latent_learning_rate": 0.01})
+    folder, states = quantized_by(tmp_path, distill=training, reconstruct={**training, "latent_learning_rate": 0.01})
     report = json.loads((folder / "model" / "guidedquant_report.json").read_text())
     assert report["distillation"]["best_epoch"] > 0
     assert any(block["trained"] < block["solved"] for block in report["reconstruction"]["blocks"])

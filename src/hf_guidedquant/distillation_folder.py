@@ -46,7 +46,8 @@ class DistillationFolder:
         if changes:
             logger.info("The distillation in %s was another one (%s).", self._folder.path, "; ".join(changes))
             return None
-        logger.info("%d epochs of distillation are finished in %s.", len(found.trained), self._folder.path)
+        epochs = self._identity["distill"]["epochs"]
+        logger.info("%d of %d epochs are distilled in %s.", len(found.trained), epochs, self._folder.path)
         return found
 
     def commit(self, epochs: DistilledEpochs) -> None:

@@ -12,7 +12,7 @@ from .calibration import Calibration
 from .config import DistillSpec
 from .fingerprint import tensors_sha256
 from .layer_folder import LayerFolder, differences
-from .training import DistilledEpochs, Layers
+from .training import DistilledEpochs, Layers, flat_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +57,17 @@ class DistillationFolder:
             FolderUnusableError: The disk is full or read-only. What was kept before is unharmed.
         """
         facts = {name: getattr(epochs, name) for name in _FIGURES}
-        tensors = {f"{layer}.{name}": tensor for layer, own in epochs.layers.items() for name, tensor in own.items()}
-        self._folder.save(_NAME, tensors, {**facts, "distillation": self._identity})
+        self._folder.save(_NAME, flat_tensors(epochs.layers), {**facts, "distillation": self._identity})
 
 
 def distillation_identity(
     spec: DistillSpec, calibration: Calibration, layers: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Any]:
     """All that a distillation depends on beside the record of the run's folder; ``layers`` are what it begins with."""
-    flat = {f"{layer}.{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
     return {
         "distill": asdict(spec),
         "calibration data": calibration.sha256(),
-        "layers": tensors_sha256(flat),
+        "layers": tensors_sha256(flat_tensors(layers)),
     }
 
 
@@ -78,7 +76,7 @@ def _epochs(tensors: Mapping[str, Tensor], facts: Any) -> DistilledEpochs | None
     if not isinstance(facts, dict) or facts.keys() != {*_FIGURES, "distillation"}:
         return None
     figures = [facts["trained"], facts["held_back"]]
-    # Of a training that went astray they may be infinite or NaN, but not of the epoch that was best.
+    # Of a training that went astray they may be infinite or NaN.
     if not all(isinstance(each, list) and all(type(value) is float for value in each) for each in figures):
         return None
     if type(facts["best_epoch"]) is not int:

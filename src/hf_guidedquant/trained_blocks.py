@@ -17,7 +17,7 @@ from .calibration import Calibration
 from .config import ReconstructSpec
 from .fingerprint import tensors_sha256
 from .layer_folder import LayerFolder, differences
-from .training import BlockReport, Layers, TrainedBlock
+from .training import BlockReport, Layers, TrainedBlock, flat_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TrainedBlocks:
         order = list(self._solved)
         for later in order[order.index(name) + 1 :]:
             self._folder.remove(later)
-        self._folder.save(name, _flat(block.layers), {**figures, "training": self._identity})
+        self._folder.save(name, flat_tensors(block.layers), {**figures, "training": self._identity})
 
     def _load(self, name: str) -> TrainedBlock | None:
         """The block, if it is there and was trained as this run does it."""
@@ -88,7 +88,7 @@ def training_identity(
     return {
         "reconstruct": asdict(spec),
         "calibration data": calibration.sha256(),
-        "solved layers": tensors_sha256(_flat(layers)),
+        "solved layers": tensors_sha256(flat_tensors(layers)),
     }
 
 
@@ -102,14 +102,9 @@ def _block(name: str, solved: Layers, tensors: Mapping[str, Tensor], facts: Any)
         return None
     report = BlockReport(name, **figures)
     layers = {layer: {key: own[key] for key in _TRAINED} for layer, own in solved.items()} if report.kept else {}
-    expected = {key: (tensor.shape, tensor.dtype) for key, tensor in _flat(layers).items()}
+    expected = {key: (tensor.shape, tensor.dtype) for key, tensor in flat_tensors(layers).items()}
     if {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()} != expected:
         return None
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         return None
     return TrainedBlock(report, {layer: {key: tensors[f"{layer}.{key}"] for key in _TRAINED} for layer in layers})
-
-
-def _flat(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of layers, by ``layer.tensor``."""
-    return {f"{layer}.{name}": tensor for layer, tensors in layers.items() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """Better than solved: codes and codebooks trained against the original model, block by block and end to end."""
 
 from .batches import held_back, stack_size
-from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, layers_by_block
+from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, flat_tensors, layers_by_block
 from .distillation import DistilledEpochs, DistillReport, distill
 from .divergence import Divergence, logit_bytes, output_head, teacher_states
 from .reconstruction import check_blocks, reconstruct
@@ -16,6 +16,7 @@ __all__ = [
     "TrainedBlock",
     "check_blocks",
     "distill",
+    "flat_tensors",
     "held_back",
     "layers_by_block",
     "logit_bytes",

@@ -79,4 +79,9 @@ def layers_by_block(drawn: Outline, layers: Mapping[str, dict[str, Tensor]]) -> 
     return {block: own for block, own in found.items() if own}
 
 
-__all__ = ["BlockReport", "Layers", "ReconstructReport", "TrainedBlock", "layers_by_block"]
+def flat_tensors(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of layers, by ``layer.tensor``."""
+    return {f"{layer}.{name}": tensor for layer, tensors in layers.items() for name, tensor in tensors.items()}
+
+
+__all__ = ["BlockReport", "Layers", "ReconstructReport", "TrainedBlock", "flat_tensors", "layers_by_block"]

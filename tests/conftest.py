@@ -1,5 +1,6 @@
 """Tiny models and data that all tests share."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -125,6 +126,14 @@ def llama():
 @pytest.fixture
 def rows():
     return token_rows()
+
+
+@pytest.fixture
+def log(caplog):
+    """What the package logs, notices included."""
+    logging.getLogger("hf_guidedquant").propagate = True
+    caplog.set_level(logging.INFO, logger="hf_guidedquant")
+    return caplog
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A distillation that is killed goes on behind the last epoch that was finished, and ends with the same bytes."""
 
 import dataclasses
-import logging
 import math
 import os
 import shutil
@@ -64,13 +63,6 @@ def steps(monkeypatch):
     taken, step = [], Steps.step
     monkeypatch.setattr(Steps, "step", lambda self, rate, *items: taken.append(rate) or step(self, rate, *items))
     return taken
-
-
-@pytest.fixture
-def log(caplog):
-    logging.getLogger("hf_guidedquant").propagate = True
-    caplog.set_level(logging.INFO, logger="hf_guidedquant")
-    return caplog
 
 
 def test_a_folder_changes_nothing(finished, undisturbed):

@@ -88,13 +88,6 @@ def nothing_to_solve(monkeypatch):
     monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
 
 
-@pytest.fixture
-def log(caplog):
-    logging.getLogger("hf_guidedquant").propagate = True
-    caplog.set_level(logging.INFO, logger="hf_guidedquant")
-    return caplog
-
-
 def test_a_folder_changes_nothing(finished, undisturbed):
     run_dir, files = finished
     assert files == undisturbed

@@ -49,6 +49,11 @@ class Absent:
         return 0
 
 
+def overlapping(name: str) -> bool:
+    """Whether kernels of a GPU can begin before the one before has ended."""
+    return name.startswith("sm_") and int(name[3:]) >= 90
+
+
 @pytest.fixture
 def compile_for(monkeypatch) -> Callable[[str], list]:
     """Launches compile for an absent GPU from then on, and nothing runs; the list gets what was compiled."""
@@ -60,6 +65,8 @@ def compile_for(monkeypatch) -> Callable[[str], list]:
             compiled.append(launch(self, *args, warmup=True, **kwargs))
 
         monkeypatch.setattr(driver, "_active", Absent(name))
+        for module in (attention, sparse):
+            monkeypatch.setattr(module, "overlaps", lambda device: overlapping(name))
         monkeypatch.setattr(JITFunction, "run", compile_only)
         return compiled
 
@@ -104,6 +111,18 @@ def test_attention_of_the_widest_heads(name, compile_for):
     query, key = torch.zeros(2, 8, 1, 256).half(), torch.zeros(2, 2, 200, 256).half()
     attention.decode_attention(query, key, key, torch.ones(2, 1, 1, 200, dtype=torch.bool), 1.0)
     assert_fit(compiled, name)
+
+
+@pytest.mark.parametrize("name", ["sm_86", "sm_90"])
+def test_attention_reads_only_after_it_has_waited_for_the_kernels_before(name, compile_for):
+    compiled = compile_for(name)
+    query, key = torch.zeros(1, 8, 1, 64).half(), torch.zeros(1, 2, 200, 64).half()
+    attention.decode_attention(query, key, key, None, 1.0)
+    for kernel in compiled:
+        before, wait, after = kernel.asm["ptx"].partition("griddepcontrol.wait")
+        assert bool(wait) == overlapping(name)
+        assert "griddepcontrol.launch_dependents" not in before
+        assert not wait or ("ld.global" not in before and "ld.global" in after)
 
 
 @pytest.mark.parametrize("name", ["sm_86", "sm_90", "sm_120"])

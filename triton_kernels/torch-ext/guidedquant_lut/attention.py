@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .backend import launching_on
+from .overlap import follow, launch_options, overlaps
 
 # Tokens of the cache that a program reads at a time.
 _BLOCK = 64
@@ -44,6 +45,7 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     result = query.new_empty(batch, heads, 1, value_width)
     parts = query.new_empty(batch * heads, splits, value_width, dtype=torch.float32)
     stats = query.new_empty(batch * heads, splits, 2, dtype=torch.float32)
+    overlap = overlaps(query.device)
     with launching_on(query.device):
         _attend_kernel[(batch * key_heads, splits)](
             query, key, value, query if mask is None else mask, parts, stats,
@@ -55,11 +57,11 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
             GROUP=group, GROUP_PADDED=max(16, triton.next_power_of_2(group)), WIDTH=width,
             WIDTH_PADDED=max(16, triton.next_power_of_2(width)), VALUE_WIDTH=value_width,
             VALUE_PADDED=max(16, triton.next_power_of_2(value_width)), BLOCK=_BLOCK, HAS_MASK=mask is not None,
-            num_warps=4,
+            OVERLAP=overlap, num_warps=4, **launch_options(overlap),
         )  # fmt: skip
         _combine_kernel[(batch * heads,)](
             parts, stats, result, splits, SPLITS_PADDED=triton.next_power_of_2(splits), WIDTH=value_width,
-            WIDTH_PADDED=triton.next_power_of_2(value_width), num_warps=2,
+            WIDTH_PADDED=triton.next_power_of_2(value_width), OVERLAP=overlap, num_warps=2, **launch_options(overlap),
         )  # fmt: skip
     return result
 
@@ -71,6 +73,7 @@ def _attend_kernel(
     value_row, value_head, value_token, value_column, mask_row, mask_token,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
     VALUE_WIDTH: tl.constexpr, VALUE_PADDED: tl.constexpr, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Unnormalized ``parts[row and head, split, V]``, and as ``stats`` the largest score and the sum of weights.
 
@@ -83,6 +86,8 @@ def _attend_kernel(
     column = tl.arange(0, WIDTH_PADDED)
     value_columns = tl.arange(0, VALUE_PADDED)
     token = tl.arange(0, BLOCK)
+    if OVERLAP:
+        follow()
     query_ptr += row64 * query_row + key_head_index * GROUP * query_head
     query = tl.load(
         query_ptr + head[:, None] * query_head + column[None, :] * query_column,
@@ -130,12 +135,14 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def _combine_kernel(
     parts_ptr, stats_ptr, result_ptr, splits,
-    SPLITS_PADDED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr, WIDTH: tl.constexpr, WIDTH_PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The normalized sum of the splits' parts."""
     first = tl.program_id(0).to(tl.int64) * splits
     split = tl.arange(0, SPLITS_PADDED)
     column = tl.arange(0, WIDTH_PADDED)
+    if OVERLAP:
+        follow()
     largest = tl.load(stats_ptr + (first + split) * 2, split < splits, float("-inf"))
     total = tl.load(stats_ptr + (first + split) * 2 + 1, split < splits, 0)
     # Without any token everything is 0, not 0 / 0.

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 _PLAIN = (bool, int, float, str)
+_TENSORS = (Tensor, nn.Parameter)
 
 
 class Compiled:
@@ -50,7 +51,10 @@ def model_facts(model: nn.Module) -> Hashable:
 
 def facts(value: Any, tensor: Callable[[Tensor], Hashable] = Tensor.data_ptr) -> Hashable:
     """The tensors and plain values inside ``value``, as something that can be compared."""
-    if isinstance(value, _PLAIN):
+    # First what nearly all are: every call of generate asks for thousands.
+    if type(value) in _TENSORS:
+        return tensor(value)
+    if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, dict):
         return tuple((str(key), facts(item, tensor)) for key, item in value.items())

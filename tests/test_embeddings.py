@@ -436,11 +436,11 @@ def test_many_rows_are_solved_some_at_a_time(method, monkeypatch):
     changes = {"method": method, "num_groups": 3, "modules_to_not_convert": ["layers"]}
     whole = quantized("llama", **changes).quantization_report.layers
     planned = plan_layers(tiny_model("llama"), config(**changes)).layers[-1]
-    before = planned.solver_bytes()
+    before = planned.solver_bytes(torch.device("cpu"))
     monkeypatch.setattr(importlib.import_module("hf_guidedquant.plan"), "_MOST_ROWS", 10)
     parts = quantized("llama", **changes).quantization_report.layers
     assert planned.rows_at_once == 10
-    assert planned.solver_bytes() < before
+    assert planned.solver_bytes(torch.device("cpu")) < before
     for one, other in zip(whole, parts, strict=True):
         assert one.plan == other.plan
         for stage, value in one.objectives.items():

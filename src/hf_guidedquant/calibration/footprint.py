@@ -197,7 +197,7 @@ class Footprint:
         """Bytes that the largest batch of alike layers takes to be solved."""
         kinds = sum((self._kinds[number] for number in blocks), Counter[tuple[torch.device, LayerPlan]]())
         sizes = (
-            layer.solver_bytes(min(count, layer.batch_size(device)))
+            layer.solver_bytes(device, min(count, layer.batch_size(device)))
             for (where, layer), count in kinds.items()
             if where == device
         )

@@ -101,14 +101,18 @@ def show_outliers(results: list[dict[str, Any]], share: float) -> None:
         print(line, flush=True)
 
 
-def draw(results: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
-    """Roofline: products per byte of weights against products per second, one line per bit width."""
+def draw(results: list[dict[str, Any]], bandwidth: float, device: str, path: Path) -> None:
+    """Roofline: products per byte of weights against products per second, one line per bit width.
+
+    The roof is what the read bandwidth allows for, up to the best rate of the dense products.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
+    best = 0.0
     for bits in (16, *BITS):
         points = []
         for result in results:
@@ -116,13 +120,14 @@ def draw(results: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
             weights = layer_bytes(result["rows"], result["inputs"], bits)
             points.append((operations / weights, operations / result["us"][bits] * 1e-6))
         axes.plot(*zip(*points, strict=True), marker="o", label="fp16, cuBLAS" if bits == 16 else f"{bits} bit")
-    low, high = max(axes.get_xlim()[0], 0.5), axes.dataLim.x1
-    intensities = [low, high]
-    axes.plot(intensities, [i * bandwidth * 1e-12 for i in intensities], "k--", lw=1, label="measured read bandwidth")
+        best = max([best, *(rate for _, rate in points)]) if bits == 16 else best
+    corner = best * 1e12 / bandwidth
+    roof = [(i, min(best, i * bandwidth * 1e-12)) for i in (0.5, corner, axes.dataLim.x1)]
+    axes.plot(*zip(*roof, strict=True), "k--", lw=1, label="read bandwidth, best dense rate")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="TFLOP/s")
     rows, inputs = results[0]["rows"], results[0]["inputs"]
     counts = [result["tokens"] for result in results]
-    axes.set_title(f"{rows} x {inputs}, {counts[0]} to {counts[-1]} tokens, {torch.cuda.get_device_name()}")
+    axes.set_title(f"{rows} x {inputs}, {counts[0]} to {counts[-1]} tokens, {device}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -134,7 +139,7 @@ def main() -> None:
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
     share = options.outliers
-    content = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
+    content: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
     one_token: list[dict[str, Any]] = []
     swept: list[dict[str, Any]] = []
 
@@ -152,7 +157,7 @@ def main() -> None:
     if share:
         show_outliers(one_token + [result for result in swept if result["tokens"] > 1], share)
     if options.picture:
-        draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, options.picture)
+        draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, content["device"], options.picture)
 
 
 def parse() -> argparse.Namespace:

@@ -26,7 +26,7 @@ _BATCH_BYTES_CPU, _BATCH_BYTES_GPU = 1 << 28, 1 << 29
 # Outputs of a group that are solved at once: more than most layers have, but a vocabulary has more.
 _MOST_ROWS = 1 << 15
 # What a GPU's Cholesky factorisation takes beyond a CPU's, in matrices like the one that is factorised: by the peaks of
-# four runs on an H100 with torch 2.11, of Llama-3.1-8B and 70B shapes.
+# three runs on an H100 with torch 2.11, of Llama-3.1-8B and 70B shapes.
 _FACTORING = 2.15
 
 

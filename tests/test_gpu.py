@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import LayerStatistics, Outline, Relay, gram
+from hf_guidedquant.distillation_folder import DistillationFolder
 from hf_guidedquant.linears import is_linear
 from hf_guidedquant.nn import codebook_gradient
 from hf_guidedquant.resources import reproducible
@@ -60,6 +61,30 @@ def test_the_same_seed_gives_the_same_trained_codebooks(dtype):
     assert first.quantization_report.distillation.best_epoch > 0
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_distillation_that_was_cut_off_gives_the_same_codebooks(epoch, dtype, tmp_path, monkeypatch):
+    """Also where steps are graphs, which are captured anew."""
+    dense = tiny_model().to("cuda", dtype)
+    settings = {"dataset": token_rows(4) * 2, "distill": {"batch_tokens": 64, "learning_rate": 0.01, "epochs": 3}}
+    expected = hf_guidedquant.quantize(copy.deepcopy(dense), config(**settings)).state_dict()
+    commit, kept = DistillationFolder.commit, []
+
+    def cut_off(folder, epochs):
+        commit(folder, epochs)
+        kept.append(epochs)
+        if len(kept) == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DistillationFolder, "commit", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        hf_guidedquant.quantize(copy.deepcopy(dense), config(**settings, run_dir=tmp_path))
+    found = hf_guidedquant.quantize(dense, config(**settings, run_dir=tmp_path)).state_dict()
+    assert len(kept) == 3
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

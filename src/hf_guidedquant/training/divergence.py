@@ -60,7 +60,9 @@ def teacher_states(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tenso
         raise CalibrationError("Distillation needs two calibration rows at least: one to train on, one to hold back.")
     found: dict[int, Tensor] = {}
     shelf, checked = Shelf(), False
-    with torch.no_grad(), evaluating(model), tqdm(total=len(rows), desc="Original", unit="row") as bar:
+    # Smoothed little: rows are alike, but the first ones take longer, until all kernels are loaded.
+    bar = tqdm(total=len(rows), desc="Original", unit="row", smoothing=0.7)
+    with torch.no_grad(), evaluating(model), bar:
         for stack in stacks(rows, range(len(rows))):
             hidden, logits = _run(model, torch.stack([rows[index] for index in stack]))
             for index, row, first in zip(stack, hidden.view(len(stack), -1, hidden.shape[-1]), logits, strict=True):

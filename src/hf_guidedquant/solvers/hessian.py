@@ -105,5 +105,5 @@ def cholesky(hessian: Tensor) -> tuple[Tensor, float] | None:
         factor, failed = torch.linalg.cholesky_ex(candidate)
         if failed == 0:
             return factor, damping
-        del factor, candidate
+        del factor, candidate  # Large: not beside the next ones.
     return None

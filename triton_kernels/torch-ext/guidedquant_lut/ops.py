@@ -244,8 +244,8 @@ def lut_linear_tiled(
 ) -> Tensor:
     """:func:`lut_linear` with the codes as tiles, int32 ``[ceil(N / 16), ceil(K / 128), 64 bits]``, of 2, 3 or 4 bits.
 
-    On NVIDIA GPUs from sm_80 on, products of fp16 and bf16 activations run on tensor cores (see README.md). The tiles
-    and the codebook may then be read before kernels that are running on the stream have ended: call :func:`settle`
+    On NVIDIA GPUs from sm_80 on, products of fp16 and bf16 activations run on tensor cores (see README.md). Tiles,
+    codebook and overlay may then be read before kernels that are running on the stream have ended: call :func:`settle`
     after writing them.
     """
     return _ops.lut_linear_tiled(x, tiles, lut, bias, overlay_values, overlay_columns)

@@ -1,7 +1,7 @@
 """Launching a kernel while the one before it still runs (programmatic dependent launch), where GPU and Triton can.
 
-A kernel launched so reads nothing that another kernel writes until it has waited for those before it, and lets the
-kernel after it begin only then. So whoever waits finds done what all kernels before have to do, not just the last.
+A kernel launched so reads nothing that another kernel writes until it has waited for the one before it. That one has
+waited itself, so all that came before is done then. Only constants, like weights, are read earlier.
 """
 # mypy: ignore-errors
 # (Triton's compiler, not Python, runs part of this file.)

@@ -136,10 +136,10 @@ def draw(results: list[dict[str, Any]], bandwidth: float, device: str, path: Pat
 
 def main() -> None:
     options = parse()
-    bandwidth = read_bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
+    bandwidth, device = read_bandwidth(), torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, {bandwidth / 1e12:.2f} TB/s read", flush=True)
     share = options.outliers
-    content: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "bandwidth": bandwidth}
+    content = {"device": device, "torch": torch.__version__, "bandwidth": bandwidth}
     one_token: list[dict[str, Any]] = []
     swept: list[dict[str, Any]] = []
 
@@ -157,7 +157,7 @@ def main() -> None:
     if share:
         show_outliers(one_token + [result for result in swept if result["tokens"] > 1], share)
     if options.picture:
-        draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, content["device"], options.picture)
+        draw([r for r in swept if (r["rows"], r["inputs"]) == SWEPT[0]], bandwidth, device, options.picture)
 
 
 def parse() -> argparse.Namespace:

@@ -15,6 +15,7 @@ from .experts import routers
 from .formats import lut as lut_format
 from .linears import is_linear, linear_shape, scaled_rows, stored_weight, vocabulary_layers
 from .solvers import SOLVERS
+from .solvers.gptq import memory as sweep_memory
 from .solvers.kronecker import memory as refining_memory
 from .solvers.outliers import memory as solver_memory
 
@@ -83,7 +84,9 @@ class LayerPlan:
         solving = solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers) + waiting
         if self.statistics == "hessian" and device.type == "cuda":
             factoring = int(_FACTORING * 4 * self.in_features**2)
-            solving, conditioning = solving + factoring, conditioning + factoring
+            groups = count * self.num_groups
+            sweep = sweep_memory(groups, rows, self.in_features) + 4 * groups * rows * self.in_features
+            solving, conditioning = max(solving, sweep + waiting + factoring), conditioning + factoring
         if not self.output_curvature:
             return max(solving, conditioning)
         # The Hessian of all outputs is there besides, and one layer's curvature at a time is made fit. Both are there

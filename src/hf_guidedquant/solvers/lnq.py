@@ -22,10 +22,13 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
     the codebook. Then the codebook is rounded to the dtype it is stored in and the codes are assigned once more, so
     that what is saved is stationary.
     """
+    # The sweep comes first: finding its factors takes most, and nothing else is there yet.
+    sweep = gptq.Sweep(weight, hessian, outliers) if spec.lnq_sweeps else None
     problem = Problem(weight, hessian, outliers)
     codes, codebook = kmeans.cluster(weight, problem.diagonal, spec, outliers)
     start = problem.state(codes.mT.contiguous(), round_codebook(codebook, spec.codebook_dtype))
-    best = _swept(problem, start, gptq.Sweep(weight, hessian, outliers), spec.lnq_sweeps) if spec.lnq_sweeps else start
+    best = _swept(problem, start, sweep, spec.lnq_sweeps) if sweep else start
+    del sweep
     final = problem.alternate(start, best, spec.lnq_iterations, spec.lnq_cycles, spec.codebook_dtype)
     return Solution(
         codes=final.codes.mT.contiguous(),
@@ -42,8 +45,9 @@ def _swept(problem: Problem, best: State, sweep: gptq.Sweep, count: int) -> Stat
 
 
 def memory(groups: int, rows: int, inputs: int) -> int:
-    """Bytes at the worst moment: k-means, sweeps, or what was measured per weight; and the Hessians in pieces."""
-    # During the sweeps the weights and the best codes are there as well.
-    weights = groups * rows * inputs
-    solving = max(kmeans.memory(groups, rows, inputs), gptq.memory(groups, rows, inputs) + 6 * weights, 36 * weights)
-    return 6 * groups * inputs**2 + solving
+    """Bytes at the worst moment: while the sweep's factors are found, or with them and the Hessians in pieces beside
+    k-means, or what was measured per weight.
+    """
+    weights, hessians = groups * rows * inputs, groups * inputs**2
+    solving = 10 * hessians + max(kmeans.memory(groups, rows, inputs), 36 * weights)
+    return max(gptq.memory(groups, rows, inputs) + 4 * weights, solving)

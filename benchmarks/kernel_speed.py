@@ -111,16 +111,16 @@ def draw(results: list[dict[str, Any]], bandwidth: float, device: str, path: Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    best = 0.0
-    for bits in (16, *BITS):
-        points = []
+    curves: dict[int, list[tuple[float, float]]] = {bits: [] for bits in (16, *BITS)}
+    for bits, points in curves.items():
         for result in results:
             operations = 2 * result["tokens"] * result["rows"] * result["inputs"]
             weights = layer_bytes(result["rows"], result["inputs"], bits)
             points.append((operations / weights, operations / result["us"][bits] * 1e-6))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for bits, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label="fp16, cuBLAS" if bits == 16 else f"{bits} bit")
-        best = max([best, *(rate for _, rate in points)]) if bits == 16 else best
+    best = max(rate for _, rate in curves[16])
     corner = best * 1e12 / bandwidth
     roof = [(i, min(best, i * bandwidth * 1e-12)) for i in (0.5, corner, axes.dataLim.x1)]
     axes.plot(*zip(*roof, strict=True), "k--", lw=1, label="read bandwidth, best dense rate")

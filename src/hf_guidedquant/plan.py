@@ -84,9 +84,8 @@ class LayerPlan:
         solving = solver_memory(solver, count * self.num_groups, rows, self.in_features, self.outliers) + waiting
         if self.statistics == "hessian" and device.type == "cuda":
             factoring = int(_FACTORING * 4 * self.in_features**2)
-            groups = count * self.num_groups
-            sweep = sweep_memory(groups, rows, self.in_features) + 4 * groups * rows * self.in_features
-            solving, conditioning = max(solving, sweep + waiting + factoring), conditioning + factoring
+            sweep = sweep_memory(count * self.num_groups, rows, self.in_features) + waiting
+            solving, conditioning = max(solving, sweep + factoring), conditioning + factoring
         if not self.output_curvature:
             return max(solving, conditioning)
         # The Hessian of all outputs is there besides, and one layer's curvature at a time is made fit. Both are there

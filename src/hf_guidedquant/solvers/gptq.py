@@ -34,8 +34,11 @@ def solve(weight: Tensor, hessian: Tensor, spec: SolverSpec, outliers: Tensor | 
 
 
 def memory(groups: int, rows: int, inputs: int) -> int:
-    """Bytes at the worst moment: the factors, and what it takes to find one, or what was measured per weight."""
-    return 4 * groups * inputs**2 + max(12 * inputs**2, 30 * groups * rows * inputs)
+    """Bytes at the worst moment: the factors, and the weights and what it takes to find one, or what was measured per
+    weight.
+    """
+    weights = groups * rows * inputs
+    return 4 * groups * inputs**2 + max(12 * inputs**2 + 4 * weights, 30 * weights)
 
 
 class Sweep:

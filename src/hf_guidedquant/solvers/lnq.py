@@ -50,4 +50,4 @@ def memory(groups: int, rows: int, inputs: int) -> int:
     """
     weights, hessians = groups * rows * inputs, groups * inputs**2
     solving = 10 * hessians + max(kmeans.memory(groups, rows, inputs), 36 * weights)
-    return max(gptq.memory(groups, rows, inputs) + 4 * weights, solving)
+    return max(gptq.memory(groups, rows, inputs), solving)

@@ -2,7 +2,8 @@
 
 The rows of the layers are concatenated, which changes nothing for codebooks per row. The model keeps its modules: the
 first that is called computes the product for all and the others take their share of it, as long as they are called with
-the very same tensor. Codes and codebooks of the layers become views of common ones, so they are not stored twice.
+the very same tensor. The layers' parameters become views of common ones, so they are not stored twice, and what is
+changed in place is changed in both.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -29,46 +30,35 @@ class Fusion:
     def __init__(self, members: list["GuidedLinear"]) -> None:
         self.members = members
         self.ready = False
-        self._tiles: Tensor | None = None
-        self._lut: Tensor | None = None
-        self._bias: Tensor | None = None
-        self._overlay: list[Tensor] = []
+        # What the common product takes behind the activations: of every parameter, the members' rows together.
+        self._whole: tuple[Tensor | None, ...] = ()
         # The members' parameters at the time: a member that has others now is multiplied by itself.
-        self._parameters: list[tuple[Tensor | None, ...]] = []
+        self._parameters: list[tuple[nn.Parameter | None, ...]] = []
         # Activations, what else a product depends on, the shares, and who has not had theirs yet. Replaced as a whole,
         # never changed: a thread sees all of it or none.
         self._latest: tuple[Tensor, Any, tuple[Tensor, ...], frozenset[int]] | None = None
         self._unfinished = 0
+        # torch.compile looks at all that is read here before every call, so that little is.
+        self._rows = tuple(member.out_features for member in members)
+        self._most = _MOST_TOKENS * members[0].in_features
 
     def rebuild(self) -> None:
         """Concatenate the members' parameters, if they can be multiplied together as they are now."""
         self.release()
         if not self._together():
             return
-        self._tiles, self._lut = self._common("weight"), self._common("lut")
-        biases = [member.bias.data for member in self.members if member.bias is not None]
-        self._bias = torch.cat(biases) if biases else None
-        self._overlay = [self._common(name) for name in self.members[0].overlay]
         self._parameters = [_parameters(member) for member in self.members]
-        settle(self._tiles.device)
+        self._whole = tuple(_concatenated(parameters) for parameters in zip(*self._parameters, strict=True))
+        settle(self.members[0].weight.device)
         self.ready = True
 
     def _together(self) -> bool:
-        places = {(m.tiled, m.weight.device, m.lut.device, m.lut.dtype) for m in self.members}
-        biases = {(m.bias.device, m.bias.dtype) for m in self.members if m.bias is not None}
-        return len(places) == 1 and len(biases) <= 1 and self.members[0].tiled and not self.members[0].weight.is_meta
-
-    def _common(self, name: str) -> Tensor:
-        """The members' parameters of that name as one tensor, of which they become views."""
-        parameters = [getattr(member, name) for member in self.members]
-        whole = torch.cat([parameter.data for parameter in parameters])
-        for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
-            parameter.data = part
-        return whole
+        first, kinds = self.members[0], {_kind(member) for member in self.members}
+        return len(kinds) == 1 and first.tiled and not first.weight.is_meta
 
     def serves(self, member: "GuidedLinear", x: Tensor) -> bool:
         """Whether the member's product with ``x`` can come from the common one."""
-        if not self.ready or x.numel() > _MOST_TOKENS * member.in_features:
+        if not self.ready or x.numel() > self._most:
             return False
         weight, lut, bias, values, columns = self._parameters[member.position]
         if member.weight is not weight or member.lut is not lut or member.bias is not bias:
@@ -87,9 +77,8 @@ class Fusion:
             self._count_unfinished(latest is not None)
             if not self.ready:
                 return lut_linear_tiled(x, *_parameters(member))
-            y = lut_linear_tiled(x, self._tiles, self._lut, self._bias, *self._overlay)
-            shares = y.split([other.out_features for other in self.members], dim=-1)
-            latest = (x, version, shares, frozenset(range(len(self.members))))
+            shares = lut_linear_tiled(x, *self._whole).split(self._rows, dim=-1)
+            latest = (x, version, shares, frozenset(range(len(self._rows))))
         waiting = latest[3] - {position}
         self._latest = (*latest[:3], waiting) if waiting else None
         # One token's share is contiguous as it is.
@@ -106,26 +95,41 @@ class Fusion:
     def release(self) -> None:
         """Stop serving; members keep their parameters."""
         self.ready, self._unfinished = False, 0
-        self._tiles, self._lut, self._bias, self._overlay = None, None, None, []
-        self._parameters, self._latest = [], None
+        self._whole, self._parameters, self._latest = (), [], None
 
     def dissolve(self) -> None:
         """Give the members parameters of their own again."""
         self.release()
         for member in self.members:
             member.fusion = None
-            for name in ("weight", "lut", *member.overlay):
-                parameter = getattr(member, name)
-                parameter.data = parameter.data.clone()
+            for parameter in _parameters(member):
+                if parameter is not None:
+                    parameter.data = parameter.data.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the members have parameters of their own; they are fused again when they are moved.
         return vars(Fusion(self.members))
 
 
-def _parameters(member: "GuidedLinear") -> tuple[Tensor | None, ...]:
+def _parameters(member: "GuidedLinear") -> tuple[nn.Parameter | None, ...]:
     """In the order in which the product takes them."""
     return member.weight, member.lut, member.bias, member.overlay_values, member.overlay_columns
+
+
+def _kind(member: "GuidedLinear") -> tuple[Any, ...]:
+    """What members must have in common, as they are now."""
+    return member.tiled, *(None if p is None else (p.device, p.dtype) for p in _parameters(member))
+
+
+def _concatenated(parameters: tuple[nn.Parameter | None, ...]) -> Tensor | None:
+    """The members' parameters of one name as one tensor, of which they become views; None if they have none."""
+    there = [parameter for parameter in parameters if parameter is not None]
+    if not there:
+        return None
+    whole = torch.cat([parameter.data for parameter in there])
+    for parameter, part in zip(there, whole.split([len(parameter) for parameter in there]), strict=True):
+        parameter.data = part
+    return whole
 
 
 def _version(x: Tensor) -> int:

@@ -184,9 +184,9 @@ class GuidedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._tiled:
             destination[prefix + "weight"] = self.bit_planes()
-        for name in ("lut", *self.overlay):
-            tensor = destination[prefix + name]
-            if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        for name in ("lut", "bias", *self.overlay):
+            tensor = destination.get(prefix + name)
+            if tensor is not None and tensor.untyped_storage().nbytes() != tensor.nbytes:
                 # Part of a fusion's; whoever writes files expects tensors of their own.
                 destination[prefix + name] = tensor.clone()
 

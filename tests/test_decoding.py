@@ -7,12 +7,18 @@ import logging
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import accelerate
+import peft
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model, token_rows
 from transformers import (
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     StoppingCriteria,
     T5Config,
     T5ForConditionalGeneration,
@@ -23,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, replay
 from hf_guidedquant.decoding import GraphedDecode, attention, capture
-from hf_guidedquant.errors import DecodingError
+from hf_guidedquant.errors import DecodingError, NonFiniteScoresError
 from hf_guidedquant.triton_kernels import decode_attention
 
 PROMPT = torch.arange(2, 10)[None]
@@ -261,13 +267,13 @@ def test_what_it_cannot_do_is_named(kwargs, named, model, graphed):
 
 
 def test_an_input_that_would_grow_is_refused(model, graphed, monkeypatch):
-    prepare = model.prepare_inputs_for_generation
+    prepare = type(model).prepare_inputs_for_generation
 
-    def with_history(ids, **kwargs):
-        return prepare(ids, **kwargs) | {"history": ids}
+    def with_history(self, ids, **kwargs):
+        return prepare(self, ids, **kwargs) | {"history": ids}
 
     model.generate(PROMPT, max_new_tokens=2, custom_generate=graphed)
-    monkeypatch.setattr(model, "prepare_inputs_for_generation", with_history)
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", with_history)
     with pytest.raises(DecodingError, match="history"):
         model.generate(PROMPT, max_new_tokens=2, custom_generate=graphed)
 
@@ -342,6 +348,45 @@ def test_a_model_whose_positions_depend_on_the_length_decodes_as_ever(graphed):
     plain, ours = both(model, graphed, inputs=PROMPT)
     assert torch.equal(plain, ours)
     assert not graphed._steps
+
+
+def _virtual_tokens(kind):
+    config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    return peft.get_peft_model(prepared(), getattr(peft, f"{kind}Config")(**config)).eval()
+
+
+def _alibi():
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    return FalconForCausalLM(FalconConfig(**small, alibi=True, eos_token_id=None, pad_token_id=1)).eval()
+
+
+def _offloaded():
+    return accelerate.cpu_offload(prepared(), execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: _virtual_tokens("PromptTuning"), lambda: _virtual_tokens("PrefixTuning"), _alibi, _offloaded],
+    ids=["prompt-tuning", "prefix-tuning", "alibi", "offloaded"],
+)
+def test_a_model_that_the_step_does_not_suit_decodes_as_ever(make, graphed):
+    plain, ours = both(make(), graphed, input_ids=PROMPT)
+    assert torch.equal(plain, ours)
+    assert not graphed._steps
+
+
+def test_scores_that_are_nan_are_an_error_as_in_plain_generate(model, graphed):
+    kwargs = {"do_sample": True, "max_new_tokens": 4}
+    model.generate(PROMPT, **kwargs, custom_generate=graphed)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(RuntimeError):
+        model.generate(PROMPT, **kwargs)
+    with pytest.raises(NonFiniteScoresError):
+        model.generate(PROMPT, **kwargs, custom_generate=graphed)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0
+    model.generate(PROMPT, **kwargs, custom_generate=graphed)
 
 
 def test_calls_share_a_step(model, graphed):
@@ -535,6 +580,13 @@ def test_every_step_compiles_code_of_its_own(dynamo_only):
         assert doubled._compiled is not None
 
 
+def test_more_variants_than_torch_keeps_are_compiled_all_the_same(dynamo_only):
+    doubled = capture.Compiled(_double)
+    for length in [*range(1, 12), 1, 11]:
+        assert torch.equal(doubled(torch.ones(length)), torch.full((length,), 2.0))
+        assert doubled._compiled is not None
+
+
 def _double(x):
     return x * 2
 
@@ -559,6 +611,26 @@ def test_waits_of_the_host_are_told_from_other_warnings(monkeypatch):
     assert replay._run_watched(lambda: warnings.warn("something else", stacklevel=1)) == ""
     wait = replay._run_watched(lambda: warnings.warn("called a synchronizing CUDA operation", stacklevel=1))
     assert "test_decoding.py" in wait
+
+
+def test_an_interrupted_first_run_is_not_one_that_has_loaded_everything(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    watched = []
+    monkeypatch.setattr(replay, "_run_watched", lambda function: watched.append(function()) or "")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    work = replay.Replay(torch.device("cuda"), "Work")
+    with pytest.raises(KeyboardInterrupt):
+        work(interrupted)
+    work(lambda: "first")
+    assert not watched
+    work(lambda: "second")
+    assert watched == ["second"]
 
 
 @pytest.mark.gpu

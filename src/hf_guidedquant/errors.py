@@ -207,6 +207,16 @@ class DecodingError(GuidedQuantError, ValueError):
         super().__init__(f"graphed_decode cannot do {request}. Call generate without custom_generate, which can.")
 
 
+class NonFiniteScoresError(GuidedQuantError, RuntimeError):
+    """A token is to be drawn from scores that are NaN or infinite."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model's scores of the next token are NaN or infinite, so none can be drawn. Try another dtype: fp16 "
+            "overflows where bf16 does not."
+        )
+
+
 class AdapterError(GuidedQuantError, ValueError):
     """An adapter asks for something that quantized layers cannot do."""
 

@@ -53,16 +53,17 @@ class Replay:
             self._graph.replay()
 
     def _warm_up(self, function: Callable[[], None]) -> None:
-        self._runs += 1
         here = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(here)
         waits = ""
         with torch.cuda.stream(self._stream):
-            if self._runs < _WARM_UP:
+            if self._runs < _WARM_UP - 1:
                 function()
             else:
                 waits = _run_watched(function)
         here.wait_stream(self._stream)
+        # A run that was interrupted has loaded nothing to rely on.
+        self._runs += 1
         if waits:
             logger.warning("%s runs without a CUDA graph, because it makes the host wait: %s", self._title, waits)
             self._capturable = False

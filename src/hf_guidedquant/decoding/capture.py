@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo import exc
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
+# More variants of one function than torch keeps: adapters, say, that are switched on one after the other.
+_TOO_MANY: Any = getattr(exc, "FailOnRecompileLimitHit", ())
 _PLAIN = (bool, int, float, str)
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -21,18 +23,25 @@ class Compiled:
     """``function`` through ``torch.compile``, or as it is if it cannot be compiled."""
 
     def __init__(self, function: Any) -> None:
-        self._function: Callable[..., Any] = function
+        self._function: Any = function
+        self._compiled: Callable[..., Any] | None = self._compile()
+
+    def _compile(self) -> Callable[..., Any]:
         # A code object of its own: torch.compile keeps its results there, few per code object, and frees them with it.
-        copy = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        code = self._function.__code__.replace()
+        copy = FunctionType(code, self._function.__globals__, self._function.__name__)
         # Combined, small independent kernels (rotating queries and keys, filling the cache) are one launch.
         options: dict[str, Any] = {"combo_kernels": True}
-        self._compiled: Callable[..., Any] | None = torch.compile(copy, fullgraph=True, dynamic=False, options=options)
+        return torch.compile(copy, fullgraph=True, dynamic=False, options=options)
 
     def __call__(self, *args: Any) -> Any:
         if self._compiled is not None:
             try:
                 return self._compiled(*args)
-            except TorchDynamoException as error:
+            except _TOO_MANY:
+                self._compiled = self._compile()
+                return self._compiled(*args)
+            except exc.TorchDynamoException as error:
                 # Raised while compiling, that is before anything ran.
                 logger.warning("The decode step runs uncompiled: %s", str(error).partition("\n")[0])
                 self._compiled = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor
 
+from ..errors import NonFiniteScoresError
 from ..replay import Replay
 from .attention import attention_for_decoding
 from .cache import share_column
@@ -40,10 +41,16 @@ class Report:
     copied: torch.cuda.Event | None
 
     def read(self) -> tuple[Tensor, bool]:
-        """The tokens ``[batch]``, and whether any row goes on."""
+        """The tokens ``[batch]``, and whether any row goes on.
+
+        Raises:
+            NonFiniteScoresError: A token was drawn from scores that are NaN or infinite.
+        """
         if self.copied is not None:
             self.copied.synchronize()
-        return self.values[:-1], bool(self.values[-1])
+        if self.values[-1]:
+            raise NonFiniteScoresError
+        return self.values[:-2], bool(self.values[-2])
 
 
 class DecodeStep:
@@ -63,7 +70,7 @@ class DecodeStep:
         self._column = torch.zeros(1, dtype=torch.int64, device=device)
         self._pad = torch.zeros(1, dtype=torch.int64, device=device)
         self._unfinished = torch.ones(batch_size, dtype=torch.bool, device=device)
-        self._report = torch.zeros(batch_size + 1, dtype=torch.int64, device=device)
+        self._report = torch.zeros(batch_size + 2, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = Compiled(_scores) if settings.compile else _scores
         self._replay = Replay(device, "The decode step") if settings.capture else None
         self._facts: Hashable = None
@@ -121,7 +128,7 @@ class DecodeStep:
     def finish_rows(self, done: Tensor) -> None:
         """End the rows that ``done`` (bool ``[batch]``) marks."""
         self._unfinished &= ~done.to(self._unfinished.device)
-        self._report[-1:] = self._unfinished.any()
+        self._report[-2:-1] = self._unfinished.any()
 
     def sequences(self, input_ids: Tensor, length: int) -> Tensor:
         """The prompt ``[batch, prompt]`` and the first ``length`` new tokens."""
@@ -163,6 +170,9 @@ class DecodeStep:
             # The largest p / e with e ~ Exp(1) is a draw from p. torch.multinomial would make the host wait.
             scores = probabilities / torch.empty_like(probabilities).exponential_()
         tokens = _argmax(scores)
+        if self.settings.do_sample:
+            # NaN counts as the largest.
+            self._report[-1:] = scores.gather(1, tokens[:, None]).isnan().any()
         for process in self._processors:
             process.observe(tokens)
         stopped = self._stops[tokens]
@@ -172,8 +182,8 @@ class DecodeStep:
         self._inputs["input_ids"].copy_(tokens[:, None])
         self.output.index_copy_(1, self._generated, tokens[:, None])
         self._generated.add_(1)
-        self._report[:-1] = tokens
-        self._report[-1:] = self._unfinished.any()
+        self._report[:-2] = tokens
+        self._report[-2:-1] = self._unfinished.any()
 
 
 def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

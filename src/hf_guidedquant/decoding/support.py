@@ -50,10 +50,16 @@ def obstacle(model: Any, cache: Any) -> str | None:
         return "it has an encoder"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "its weights are on several devices"
+    if model.device.type == "meta":
+        return "its weights are offloaded"
     if (model.tp_size or 1) > 1:
         return "its weights are split between processes"
     if not getattr(model, "_can_compile_fullgraph", False) or model.is_remote_code():
         return "it is not known to work with a static cache"
+    if "prepare_inputs_for_generation" in vars(model):
+        return "something else prepares its inputs"  # as adapters do that put tokens before the prompt
+    if getattr(model.config.get_text_config(), "alibi", False):
+        return "its attention depends on the length"
     if {"dynamic", "longrope"} & set(_rope_types(model)):
         return "its position embedding changes with the length"
     if torch.is_autocast_enabled(model.device.type):

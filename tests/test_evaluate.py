@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -156,6 +157,17 @@ def test_a_model_without_a_body_of_its_own_costs_memory_only(monkeypatch):
     model.lm_head.register_forward_hook(lambda module, args, output: heads.append(output.shape[1]))
     assert perplexity(model, None, tokens, 16) == pytest.approx(expected, rel=REL)
     assert heads == [16, 16]
+
+
+@pytest.mark.parametrize("context", [4, 16])
+def test_learned_prompts_come_before_the_text(context, monkeypatch):
+    monkeypatch.setattr(text, "_LOGIT_TOKENS", 6)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model, tokens = peft.get_peft_model(tiny_model(), config).eval(), ids(32)
+    windows = tokens.split(context)
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(input_ids=w[None]).logits[0, 4:-1].double(), w[1:]) for w in windows]
+    assert perplexity(model, None, tokens, context) == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-6)
 
 
 def test_an_error_leaves_the_model_as_it_was(monkeypatch):

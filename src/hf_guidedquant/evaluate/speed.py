@@ -64,6 +64,7 @@ def decode_speed(model: Any, prompt: Tensor, new_tokens: int = 64, runs: int = 3
     settings = {
         "attention_mask": torch.ones_like(ids),
         "do_sample": False,
+        "return_dict_in_generate": False,
         "min_new_tokens": new_tokens,
         "max_new_tokens": new_tokens,
         "pad_token_id": 0,

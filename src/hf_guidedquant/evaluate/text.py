@@ -171,9 +171,10 @@ def _logits(model: Any, window: Tensor) -> Iterator[Tensor]:
                 del body.forward
             else:
                 body.forward = own
-        if logits.shape[0] == window.numel():
-            # One slice is all there is, or the body's answer is not what the head reads.
-            yield from logits.split(_LOGIT_TOKENS)
+        if logits.shape[0] >= window.numel():
+            # One slice is all there is, or the body's answer is not what the head reads. Prompts that were learned
+            # (as adapters) come before the window.
+            yield from logits[-window.numel() :].split(_LOGIT_TOKENS)
             return
         yield logits
 

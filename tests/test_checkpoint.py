@@ -26,6 +26,7 @@ from transformers import (
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.errors import AlreadyQuantizedError, CheckpointError, ModelError, OutputFolderError
+from hf_guidedquant.inspection import inspect
 from hf_guidedquant.nn import quantized_modules
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -159,6 +160,7 @@ def test_a_classifier_on_a_language_model_keeps_the_quantized_body(saved, model,
 
 def test_a_body_becomes_a_language_model_again(saved, model, tmp_path):
     hf_guidedquant.save(load(saved, AutoModel), tmp_path / "body")
+    assert len(inspect(tmp_path / "body").layers) == len(quantized_modules(model))
     whole = load(tmp_path / "body")
     assert quantized_modules(whole).keys() == quantized_modules(model).keys()
     assert torch.equal(whole.get_submodule(LAYER).lut, model.get_submodule(LAYER).lut)
@@ -185,8 +187,39 @@ def test_a_folder_with_content_is_refused_and_left_as_it_is(model, tmp_path):
 def test_an_empty_folder_is_filled(model, tmp_path):
     hf_guidedquant.save(model, tmp_path / "new" / "model")
     (tmp_path / "empty").mkdir()
+    is_there = (tmp_path / "empty").stat().st_ino
     hf_guidedquant.save(model, tmp_path / "empty")
-    assert (tmp_path / "empty" / WEIGHTS).read_bytes() == (tmp_path / "new" / "model" / WEIGHTS).read_bytes()
+    assert (tmp_path / "empty").stat().st_ino == is_there  # so it may be a mount
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    assert hf_guidedquant.save(model, tmp_path / "link") == tmp_path / "linked"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "other").symlink_to(tmp_path / "elsewhere")
+    hf_guidedquant.save(model, tmp_path / "other")
+    for name in ("empty", "linked", "elsewhere"):
+        assert {file.name for file in (tmp_path / name).iterdir()} == {
+            file.name for file in (tmp_path / "new" / "model").iterdir()
+        }
+        assert (tmp_path / name / WEIGHTS).read_bytes() == (tmp_path / "new" / "model" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_finished_model_is_kept_where_it_cannot_be_moved(is_there, model, tmp_path):
+    target = tmp_path / "model"
+    if is_there:
+        target.mkdir()
+
+    class Latecomer:
+        """Somebody else who fills the folder in the meantime."""
+
+        def save_pretrained(self, folder):
+            (target / WEIGHTS).mkdir(parents=True)
+            (target / WEIGHTS / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputFolderError, match="cannot be filled") as caught:
+        hf_guidedquant.save(model, target, Latecomer())
+    kept = Path(str(caught.value).split(" is in ")[1].removesuffix("."))
+    assert torch.equal(logits(load(kept)), logits(model)) if not is_there else (kept / WEIGHTS).is_file()
+    assert (target / WEIGHTS / "notes.txt").read_text() == "mine"
 
 
 def _missing(tensors, name):

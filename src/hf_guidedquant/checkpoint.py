@@ -252,15 +252,16 @@ def check_output_folder(folder: str | os.PathLike) -> Path:
     Raises:
         OutputFolderError: There is something in it, or it cannot be made.
     """
-    path = Path(folder).absolute()
+    # A link leads to the folder that is meant, and would itself be in the way of one.
+    path = Path(folder).resolve()
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise OutputFolderError(
                 f"{path} exists and is not an empty folder. Remove it, or choose another output folder."
             )
         # Only trying tells: permissions do not count for all users, nor everywhere.
-        beside = next(parent for parent in path.parents if parent.exists())
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=beside):
+        nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=nearest):
             pass
     except OutputFolderError:
         raise
@@ -292,16 +293,33 @@ def save(model: Any, folder: str | os.PathLike, tokenizer: Any = None, **options
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target``, which takes its place at the end unless there is an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    around = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    """A temporary folder, which becomes ``target`` at the end unless there is an error.
+
+    An empty ``target`` that is there already stays, because it may be a mount: its files come last, config.json after
+    all others, without which they are no model.
+
+    Raises:
+        OutputFolderError: What is finished cannot be moved there. It stays where it is, and the message says where.
+    """
+    is_there = target.exists()
+    (target if is_there else target.parent).mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target if is_there else target.parent))
+    # Named like the target, because the model card shows the folder's name.
+    temporary = around / target.name
     try:
-        # Named like the target, because the model card shows the folder's name.
-        temporary = around / target.name
         temporary.mkdir()
         yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(around, ignore_errors=True)
+        raise
+    try:
+        if is_there:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                file.rename(target / file.name)
+        else:
+            temporary.rename(target)
+    except OSError as error:
+        raise OutputFolderError(
+            f"{target} cannot be filled: {error.strerror or error}. The finished model is in {temporary}."
+        ) from error
+    shutil.rmtree(around, ignore_errors=True)

@@ -16,7 +16,7 @@ from .checksums import CHECKSUM_FILE, check_checksums
 from .config import QUANT_METHOD, GuidedQuantConfig, check_method
 from .errors import CheckpointError, UnknownArchitectureError
 from .nn import quantized_modules, without_copies
-from .quantizer import GuidedQuantizer
+from .quantizer import GuidedQuantizer, aliases
 from .report import align, megabytes
 
 # More decoder blocks than any model has: building them would take hours.
@@ -152,7 +152,7 @@ def inspect(folder: str | os.PathLike, verify: bool = False) -> Inspection:
             module.out_features,
             module.in_features,
             module.bits,
-            method=_method(name, config),
+            method=_method(next(n for n in aliases(model, name) if n in config.modules), config),
             lut_dtype=str(module.lut.dtype).removeprefix("torch."),
             nbytes=module.packed_bytes,
             outliers=module.outliers,

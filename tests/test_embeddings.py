@@ -284,6 +284,17 @@ def test_dense_again(architecture, tmp_path):
     assert logits(model).shape[-1] == VOCABULARY + 8
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_tied_tensors_that_a_file_holds_once_are_taken_up(assign, tmp_path):
+    model, other = quantized("llama-tied"), quantized("llama-tied", seed=1, guided=False)
+    assert not torch.equal(logits(model), logits(other))
+    other.save_pretrained(tmp_path)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False, assign=assign)
+    assert torch.equal(logits(model), logits(other))
+    head, embeddings = head_and_embeddings(model)
+    assert head.weight is embeddings.weight
+
+
 def test_resizing_says_why_it_cannot():
     model = quantized()
     embeddings = model.get_input_embeddings()

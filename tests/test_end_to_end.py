@@ -199,6 +199,27 @@ def test_dense_cache_gives_the_same_output_and_is_not_saved(llama, tmp_path):
     assert not AutoModelForCausalLM.from_pretrained(tmp_path / "m").model.layers[0].mlp.up_proj._caching
 
 
+def test_a_dense_cache_is_of_the_weights_as_they_are(llama):
+    model = hf_guidedquant.quantize(llama, config(cache_dequantized=True))
+    other = hf_guidedquant.quantize(tiny_model(), config(seed=1, guided=False))
+    logits(model)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(logits(model), logits(other))
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        before = layer(x) - layer.bias
+        layer.lut.mul_(2)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
+        doubled = torch.func.functional_call(layer, {"lut": 2 * layer.lut}, (x,))
+        torch.testing.assert_close(doubled - layer.bias, 4 * before)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
+    layer.cache_dequantized()
+    with torch.inference_mode():
+        torch.compile(layer, backend="aot_eager")(x)
+    assert layer(x.requires_grad_()).requires_grad
+
+
 def test_gradients_reach_the_input_as_through_the_dense_layer(llama):
     model = hf_guidedquant.quantize(llama, config())
     layer = model.model.layers[0].mlp.up_proj.double()
@@ -209,14 +230,31 @@ def test_gradients_reach_the_input_as_through_the_dense_layer(llama):
     assert not any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def test_dequantize_gives_an_ordinary_model(llama, tmp_path):
-    model = hf_guidedquant.quantize(llama, config())
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_dequantize_gives_an_ordinary_model(architecture, tmp_path):
+    original = tiny_model(architecture)
+    classes = {name: type(module) for name, module in original.named_modules()}
+    model = hf_guidedquant.quantize(original, config())
     expected = logits(model)
     model.dequantize()
-    assert not hf_guidedquant.nn.quantized_modules(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert all(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(logits(model), expected)
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(model))
+
+
+def test_what_is_offloaded_cannot_be_made_dense(llama, tmp_path):
+    hf_guidedquant.save(hf_guidedquant.quantize(llama, config()), tmp_path / "m")
+    places = dict.fromkeys(["lm_head", *(f"model.{name}" for name, _ in llama.model.named_children())], "cpu")
+    del places["model.layers"]
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", device_map=places, offload_folder=tmp_path / "o")
+    before = logits(model)
+    with pytest.raises(ModelError, match=r"model\.layers\.1.* is offloaded"):
+        model.dequantize()
+    assert torch.equal(logits(model), before)
 
 
 def test_large_weights_get_fp32_codebooks(llama, tmp_path):

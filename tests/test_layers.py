@@ -212,7 +212,7 @@ def test_fused_layers_are_as_independent_as_others(device):
     first.sum().backward()
     second.sum().backward()
     torch.nn.functional.silu(gate(y), inplace=True).sum().backward()
-    # A bias that is trained, one that is changed in place, another parameter in its place, and other codes.
+    # A bias that is trained, changed in place, given other data, replaced; and other codes.
     for bias in (gate.bias, up.bias):
         bias.requires_grad_(True)
     (gate(x) + up(x)).sum().backward()
@@ -226,9 +226,12 @@ def test_fused_layers_are_as_independent_as_others(device):
         up.bias.add_(1)
         gate(x)
         torch.testing.assert_close(up(x), before + 1)
-        up.bias = torch.nn.Parameter(up.bias + 1)
+        up.bias.data = up.bias.data + 1
         gate(x)
         torch.testing.assert_close(up(x), before + 2)
+        up.bias = torch.nn.Parameter(up.bias + 1)
+        gate(x)
+        torch.testing.assert_close(up(x), before + 3)
         zeros = torch.func.functional_call(gate, {"lut": 0 * gate.lut}, (x,))
         assert torch.equal(zeros, gate.bias.expand_as(zeros))
 

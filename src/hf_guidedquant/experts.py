@@ -105,7 +105,7 @@ class Experts(nn.Module):
                 if parameters[0] is not None:
                     whole = torch.stack([parameter.detach() for parameter in parameters])
                     whole = whole.mT.contiguous() if kind == "weight" and fused.is_transposed else whole
-                    setattr(fused, _fused_name(name, kind), nn.Parameter(whole, requires_grad=False))
+                    setattr(fused, _fused_name(name, kind), nn.Parameter(whole, parameters[0].requires_grad))
         return fused
 
 

@@ -9,6 +9,7 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners.lora import Linear, LoraConfig, LoraModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import AdapterError
 from .experts import unfused_experts
@@ -32,8 +33,15 @@ class GuidedLoraLinear(Linear):
         if isinstance(base_layer, GuidedEmbedding):
             raise AdapterError("Quantized embeddings take no adapters. Leave them out of target_modules.")
         super().__init__(base_layer, *args, **kwargs)
-        # GPT-2's layers are transposed when they are dense; quantized ones never are.
-        self.fan_in_fan_out = False
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight is transposed: GPT-2's layers are when they are dense; quantized ones never are."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, told: bool) -> None:
+        """Left as it is: peft says what it was told, and the layer itself knows better."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]

@@ -34,6 +34,8 @@ class Fusion:
         self._whole: tuple[Tensor | None, ...] = ()
         # The members' parameters at the time: a member that has others now is multiplied by itself.
         self._parameters: list[tuple[nn.Parameter | None, ...]] = []
+        # And where in memory these were: ``parameter.data = ...`` puts something else into the same parameter.
+        self._places: list[tuple[int, ...]] = []
         # Activations, what else a product depends on, the shares, and who has not had theirs yet. Replaced as a whole,
         # never changed: a thread sees all of it or none.
         self._latest: tuple[Tensor, Any, tuple[Tensor, ...], frozenset[int]] | None = None
@@ -49,6 +51,7 @@ class Fusion:
             return
         self._parameters = [_parameters(member) for member in self.members]
         self._whole = tuple(_concatenated(parameters) for parameters in zip(*self._parameters, strict=True))
+        self._places = [_places(parameters) for parameters in self._parameters]
         settle(self.members[0].weight.device)
         self.ready = True
 
@@ -60,10 +63,13 @@ class Fusion:
         """Whether the member's product with ``x`` can come from the common one."""
         if not self.ready or x.numel() > self._most:
             return False
-        weight, lut, bias, values, columns = self._parameters[member.position]
+        parameters = self._parameters[member.position]
+        weight, lut, bias, values, columns = parameters
         if member.weight is not weight or member.lut is not lut or member.bias is not bias:
             return False
         if member.overlay_values is not values or member.overlay_columns is not columns:
+            return False
+        if not torch.compiler.is_compiling() and self._places[member.position] != _places(parameters):
             return False
         # Shares of one product would share a node of the autograd graph.
         return not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad))
@@ -71,7 +77,7 @@ class Fusion:
     def product(self, member: "GuidedLinear", x: Tensor) -> Tensor:
         """The member's product with ``x``, from the common one if that was computed for this very tensor."""
         position = member.position
-        version = _version(x)
+        version = version_of(x)
         latest = self._latest
         if latest is None or latest[0] is not x or latest[1] != version or position not in latest[3]:
             self._count_unfinished(latest is not None)
@@ -95,7 +101,7 @@ class Fusion:
     def release(self) -> None:
         """Stop serving; members keep their parameters."""
         self.ready, self._unfinished = False, 0
-        self._whole, self._parameters, self._latest = (), [], None
+        self._whole, self._parameters, self._places, self._latest = (), [], [], None
 
     def dissolve(self) -> None:
         """Give the members parameters of their own again."""
@@ -116,6 +122,11 @@ def _parameters(member: "GuidedLinear") -> tuple[nn.Parameter | None, ...]:
     return member.weight, member.lut, member.bias, member.overlay_values, member.overlay_columns
 
 
+def _places(parameters: tuple[nn.Parameter | None, ...]) -> tuple[int, ...]:
+    """Where in memory they are."""
+    return tuple(0 if parameter is None else parameter.data_ptr() for parameter in parameters)
+
+
 def _kind(member: "GuidedLinear") -> tuple[Any, ...]:
     """What members must have in common, as they are now."""
     return member.tiled, *(None if p is None else (p.device, p.dtype) for p in _parameters(member))
@@ -132,7 +143,7 @@ def _concatenated(parameters: tuple[nn.Parameter | None, ...]) -> Tensor | None:
     return whole
 
 
-def _version(x: Tensor) -> int:
+def version_of(x: Tensor) -> int:
     """How often ``x`` was changed in place, where torch counts that."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 

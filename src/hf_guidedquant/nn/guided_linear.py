@@ -20,7 +20,7 @@ from ..triton_kernels import (
     settle,
     unpack_tiles,
 )
-from .fusion import Fusion
+from .fusion import Fusion, version_of
 from .tie import Tie
 
 
@@ -73,6 +73,7 @@ class GuidedLinear(nn.Module):
             self.overlay_values = self.overlay_columns = None
         self._caching = False
         self._dense: Tensor | None = None
+        self._dense_source: list[tuple[Tensor, int]] = []
         self._tiled = False
         # Layers multiplied together with this one (see fusion.py), and its place among them.
         self.fusion: Fusion | None = None
@@ -145,7 +146,10 @@ class GuidedLinear(nn.Module):
         return op(self.weight, self.lut, self.in_features, dtype, self.overlay_values, self.overlay_columns)
 
     def cache_dequantized(self, enabled: bool = True) -> None:
-        """Keep a dense copy of the weight, made at the first call, in the dtype of the activations; or drop it."""
+        """Keep a dense copy of the weight, made at the first call, in the dtype of the activations; or drop it.
+
+        It is made anew when the weight is loaded or changed; compiled code does not notice what is changed in place.
+        """
         self._caching = enabled
         self._dense = None
 
@@ -159,11 +163,30 @@ class GuidedLinear(nn.Module):
         return op(x, self.weight, self.lut, self.bias, self.overlay_values, self.overlay_columns)
 
     def _dense_product(self, x: Tensor) -> Tensor:
-        if self._dense is None or self._dense.dtype != x.dtype:
+        if self._dense is None or self._dense.dtype != x.dtype or not self._dense_is_current():
             # An inference tensor could not take part in a later backward pass.
             with torch.inference_mode(False), torch.no_grad():
                 self._dense = self.dequantize(x.dtype)
+            self._dense_source = self._source()
         return F.linear(x, self._dense, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _dense_is_current(self) -> bool:
+        """Whether the dense copy is still one, and one that may be used here."""
+        if torch.compiler.is_compiling():
+            return True
+        if self._dense.is_inference() and not torch.is_inference_mode_enabled():  # type: ignore[union-attr]
+            return False
+        now = self._source()
+        return len(now) == len(self._dense_source) and all(
+            tensor is other and version == before
+            for (tensor, version), (other, before) in zip(now, self._dense_source, strict=True)
+        )
+
+    def _source(self) -> list[tuple[Tensor, int]]:
+        """What the dense copy is made of, and how often that was changed in place; nothing where torch compiles."""
+        tensors = (self.weight, self.lut, self.overlay_values, self.overlay_columns)
+        there = () if torch.compiler.is_compiling() else tensors
+        return [(tensor, version_of(tensor)) for tensor in there if tensor is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GuidedLinear":
         # .half(), .bfloat16() and .to(dtype) go through here. Codes are integers and pass unharmed; the codebook and
@@ -198,6 +221,9 @@ class GuidedLinear(nn.Module):
             if self.tie is not None:
                 self.tie.share(self)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.tie is not None and prefix + "weight" in state_dict:
+            self.tie.share(self)
+        self._dense = None
         self.prepare()
         if self.fusion is not None:
             self.fusion.rebuild()

@@ -2,7 +2,9 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from ..errors import ModelError
 from ..linears import swap_module
 from .fusion import fuse
 from .guided_embedding import GuidedEmbedding, ScaledEmbedding
@@ -14,6 +16,9 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     old = model.get_submodule(name)
     if isinstance(old, GuidedLinear) and old.fusion is not None:
         old.fusion.dissolve()
+    if isinstance(old, Conv1D) or getattr(old, "is_conv1d", False):
+        # For whoever makes the model dense again: GPT-2's layers are transposed then.
+        new.is_conv1d = True  # type: ignore[assignment]
     swap_module(model, name, new)
 
 
@@ -56,18 +61,40 @@ def cache_dequantized(model: nn.Module, enabled: bool = True) -> None:
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every quantized layer by a dense ``nn.Linear`` or ``nn.Embedding`` in ``dtype``; ties stay."""
+    """Replace every quantized layer by a dense one in ``dtype``, of the class that it had; ties stay.
+
+    The weights require gradients where those of the model's other layers do: they do not beside adapters.
+
+    Raises:
+        ModelError: Layers are offloaded.
+    """
+    layers = quantized_modules(model)
+    offloaded = next((name for name, module in layers.items() if module.weight.is_meta), None)
+    if offloaded is not None:
+        raise ModelError(f"{offloaded} is offloaded, so it cannot be made dense. Load the model without offloading.")
+    packed = {id(p) for module in layers.values() for p in module.parameters()}
+    trained = all(p.requires_grad for p in model.parameters() if id(p) not in packed)
     weights: dict[int, nn.Parameter] = {}
-    for name, module in quantized_modules(model).items():
-        packed = id(module.weight)
-        if packed not in weights:
-            weights[packed] = nn.Parameter(module.dequantize(dtype), requires_grad=False)
-        dense: nn.Module
-        if isinstance(module, GuidedEmbedding):
-            dense = ScaledEmbedding(weights[packed], module.scale, module.padding_idx)
+    for name, module in layers.items():
+        codes = id(module.weight)
+        if codes not in weights:
+            weight = module.dequantize(dtype)
+            transposed = getattr(module, "is_conv1d", False)
+            weights[codes] = nn.Parameter(weight.mT.contiguous() if transposed else weight, requires_grad=trained)
+        replace_module(model, name, _dense(module, weights[codes], dtype))
+
+
+def _dense(module: GuidedLinear, weight: nn.Parameter, dtype: torch.dtype) -> nn.Module:
+    """The dense layer with that weight."""
+    if isinstance(module, GuidedEmbedding):
+        return ScaledEmbedding(weight, module.scale, module.padding_idx)
+    dense: nn.Module
+    with torch.device("meta"):
+        if getattr(module, "is_conv1d", False):
+            dense = Conv1D(module.out_features, module.in_features)
         else:
-            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            dense.weight = weights[packed]
-            if module.bias is not None:
-                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
-        replace_module(model, name, dense)
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    dense.weight = weight
+    if module.bias is not None:
+        dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=weight.requires_grad)
+    return dense

@@ -232,6 +232,15 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_any_work(capsys,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("option", ["--run-dir", "--statistics"])
+@pytest.mark.parametrize("inside", ["out", "out/run", "out/../out/run"])
+def test_work_is_not_kept_in_the_output_folder(capsys, tmp_path, option, inside):
+    kept = str(tmp_path / inside)
+    message = refused(capsys, "quantize", "no model of this name", str(tmp_path / "out"), option, kept)
+    assert message.startswith(f"OutputFolderError: {option} {kept} is in the output folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_checking_an_output_folder_leaves_nothing_behind(tmp_path):
     assert check_output_folder(tmp_path / "a" / "b" / "c") == tmp_path / "a" / "b" / "c"
     assert not list(tmp_path.iterdir())

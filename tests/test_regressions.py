@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from conftest import tiny_model, token_rows
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CTRLConfig, CTRLLMHeadModel
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, solving
+from hf_guidedquant import GuidedQuantConfig, pipeline, solving
 from hf_guidedquant.calibration import load_rows
 from hf_guidedquant.errors import (
     CalibrationError,
@@ -18,9 +18,11 @@ from hf_guidedquant.errors import (
     ModelError,
     NonFiniteWeightError,
     SolverError,
+    TokenizerMissingError,
 )
 from hf_guidedquant.evaluate import perplexity
 from hf_guidedquant.formats.lut import codebook_dtype
+from hf_guidedquant.nn import quantized_modules
 from hf_guidedquant.resources import reproducible
 
 PROMPT = torch.arange(2, 10)[None]
@@ -212,3 +214,73 @@ def test_a_solution_that_is_not_finite_is_never_kept(llama, rows, monkeypatch, t
     assert before.keys() == llama.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
     assert not list((tmp_path / "run" / "layers").glob("*down_proj*"))
+
+
+def test_modules_with_two_names_keep_their_tensors(llama):
+    llama.model.layers[1].input_layernorm = llama.model.layers[0].input_layernorm
+    before = {name: tensor.clone() for name, tensor in llama.state_dict().items()}
+    hf_guidedquant.plan(llama, config(), probe=False)
+    after = llama.state_dict()
+    assert all(type(tensor) is torch.Tensor and torch.equal(tensor, before[name]) for name, tensor in after.items())
+    model = hf_guidedquant.quantize(llama, config(reconstruct={"epochs": 1}, distill={"epochs": 1}))
+    assert model(PROMPT).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("training", ["reconstruct", "distill"])
+def test_one_row_is_too_few_to_train_on(training, llama):
+    settings = config(dataset=token_rows(1), num_samples=1, **{training: True})
+    for work in (hf_guidedquant.quantize, hf_guidedquant.plan):
+        with pytest.raises(CalibrationError, match="two calibration rows"):
+            work(llama, settings)
+    assert not quantized_modules(llama)
+
+
+def test_a_model_whose_distillation_fails_is_a_quantized_one(llama, tmp_path, monkeypatch):
+    expected = hf_guidedquant.quantize(tiny_model(), config())(PROMPT).logits
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "distill", fail)
+    with pytest.raises(KeyboardInterrupt):
+        hf_guidedquant.quantize(llama, config(distill=True))
+    assert torch.equal(llama(PROMPT).logits, expected)
+    llama.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "squeezellm", "guided": False}, {"distill": True}], ids=str)
+def test_the_callers_default_dtype_and_autocast_change_nothing(settings):
+    rows = token_rows(4)
+    expected = hf_guidedquant.quantize(tiny_model(), config(dataset=rows, **settings)).state_dict()
+    model = tiny_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = hf_guidedquant.quantize(model, config(dataset=rows, **settings)).state_dict()
+        assert torch.is_autocast_enabled("cpu")
+    for dtype in (torch.bfloat16, torch.float64):
+        model = tiny_model()
+        torch.set_default_dtype(dtype)
+        try:
+            other = hf_guidedquant.quantize(model, config(dataset=rows, **settings)).state_dict()
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, inside[name]), name
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_a_tokenizer_that_cannot_be_read_is_needed_for_texts_only(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "of a later version"}}')
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config())
+    assert quantized_modules(model)
+    with pytest.raises(TokenizerMissingError):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(tokenizer=str(tmp_path)))
+
+
+def test_embeddings_that_are_changed_in_place_can_be_guided():
+    small = {"vocab_size": 128, "n_positions": 64, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 2}
+    model = hf_guidedquant.quantize(CTRLLMHeadModel(CTRLConfig(**small)).eval(), config())
+    assert quantized_modules(model)

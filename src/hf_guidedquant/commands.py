@@ -20,7 +20,7 @@ from .calibration.kinds import builtin_text
 from .calibration.local import JSON_SUFFIXES, read_text
 from .checkpoint import check_output_folder, save
 from .config import GuidedQuantConfig
-from .errors import EvaluationError, TokenizerMissingError, UploadError
+from .errors import EvaluationError, OutputFolderError, TokenizerMissingError, UploadError
 from .evaluate import (
     Measurement,
     check_tasks,
@@ -57,6 +57,7 @@ def _quantize(options: argparse.Namespace) -> None:
         _check_upload(options.push_to_hub)
     check_device(options.device_map)
     config = config_of(options)
+    _check_inside(options.out, config)
     model_config = read_config(options.model)
     check_unquantized(model_config)
     tokenizer = _tokenizer(options.model)
@@ -72,6 +73,19 @@ def _quantize(options: argparse.Namespace) -> None:
         processor.push_to_hub(options.push_to_hub)
     # Without --json the log has shown the report.
     _show(options, model.quantization_report.to_dict(), f"Saved in {folder}.")
+
+
+def _check_inside(out: Path, config: GuidedQuantConfig) -> None:
+    """Refuse to keep a run's work in the output folder, which must be empty when the model is saved there.
+
+    Raises:
+        OutputFolderError: Naming the option.
+    """
+    for name in ("run_dir", "statistics"):
+        kept = getattr(config, name)
+        if kept and not str(kept).startswith("hf://") and Path(kept).resolve().is_relative_to(Path(out).resolve()):
+            option = "--" + name.replace("_", "-")
+            raise OutputFolderError(f"{option} {kept} is in the output folder {out}. Choose a folder beside it.")
 
 
 def _convert(options: argparse.Namespace) -> None:

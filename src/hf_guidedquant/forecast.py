@@ -22,7 +22,7 @@ from .plan import LayerPlan, Plan, called_only, plan_layers
 from .probe import Machine, calibration_seconds, distillation_seconds, reconstruction_seconds, solving_seconds
 from .report import align, sizes
 from .resources import VISIT_SHARE, WEIGHTS_SHARE, compute_device, free_memory, total_memory
-from .training import check_blocks, held_back, logit_bytes, output_head, stack_size
+from .training import check_blocks, check_rows, held_back, logit_bytes, output_head, stack_size
 
 # Where weights lie -> where they are worked on.
 _Place = Callable[[torch.device], torch.device]
@@ -94,6 +94,7 @@ def plan(
         AlreadyQuantizedError: The name is a quantized model's.
         ModelError: The name is no model's, the memory is too small, whatever is done, or the model cannot be trained as
             it is to be.
+        CalibrationError: A single row of data is to be trained on.
     """
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     with unfused(subject, config, only_inside=True):
@@ -128,6 +129,8 @@ class _Run:
         run_once = self._drawn if needs_data else outline(model, 1, False, self._place)
         self.decided = called_only(model, decided, run_once.reads)
         self._undecided = diagonal_only(undecided(model, config, self.decided))
+        if training:
+            check_rows(self._rows)
         if self._block_wise:
             check_blocks(model, self._drawn)
         # Training has gradients, whatever calibration does.

@@ -51,7 +51,7 @@ from .report import Report
 from .resources import VISIT_SHARE, free_memory, reproducible
 from .run_folder import Finished, RunFolder, open_run_folder, run_identity
 from .solving import batches, solve_together
-from .training import DistillReport, ReconstructReport, check_blocks, distill, reconstruct, teacher_states
+from .training import DistillReport, ReconstructReport, check_blocks, check_rows, distill, reconstruct, teacher_states
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,8 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
                 layers_plan = called_only(model, layers_plan, run_once.reads)
                 layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
                 workers.check_agreement(_common(model, config, layers_plan, calibration))
+                if config.reconstruct or config.distill:
+                    check_rows(len(calibration.rows) if calibration else 0)
                 if config.reconstruct:
                     check_blocks(model, drawn)
                 work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
@@ -415,7 +417,8 @@ def _tokenizer(model: PreTrainedModel, config: GuidedQuantConfig) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(origin)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # Any, because that is what tokenizers raises for files of later versions.
         if name is not None:
             raise TokenizerMissingError(f"tokenizer={name!r} cannot be loaded: {error}") from error
         logger.debug("No tokenizer beside the model: %s", error)

@@ -52,16 +52,20 @@ def quantize(model: Any, config: GuidedQuantConfig | dict[str, Any]) -> Any:
         The model. It saves, pushes and generates like any other; ``model.quantization_report`` tells what was done.
 
     Raises:
-        GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then.
+        GuidedQuantError: See :func:`hf_guidedquant.pipeline.run`. The model is unchanged then, unless it is distilled
+            already: without that it is quantized as well.
         ValueError: ``HF_GUIDEDQUANT_KERNELS`` names no kernels. The model is unchanged.
     """
     settings = GuidedQuantConfig(**config) if isinstance(config, dict) else config
     quantizer = GuidedQuantizer(settings, pre_quantized=False)
-    quantizer.calibrate_and_swap(model)
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
-    model.config._is_quantized = True
+    try:
+        quantizer.calibrate_and_swap(model)
+    finally:
+        if quantizer.has_swapped:
+            model.hf_quantizer = quantizer
+            model.is_quantized = True
+            model.quantization_method = QUANT_METHOD
+            model.config._is_quantized = True
     return model
 
 
@@ -78,6 +82,7 @@ class GuidedQuantizer(HfQuantizer):
         self.quantization_config: GuidedQuantConfig
         self._dense_bytes = 0
         self._waits_on_cpu = False
+        self.has_swapped = False
         # Of experts that are linear layers here, the names of their tensors and of what those would be fused to; and
         # the conversions that do that.
         self._expert_tensors: list[str] = []
@@ -142,8 +147,20 @@ class GuidedQuantizer(HfQuantizer):
 
     def calibrate_and_swap(self, model: Any, freshly_loaded: bool = False) -> None:
         """Run the pipeline on a loaded model and leave it as a quantized one."""
+        report = None
+        try:
+            report = pipeline.run(model, self.quantization_config, freshly_loaded)
+        finally:
+            # Not distilled to the end, it is a whole quantized model still, but for experts, which are fused again.
+            there, modules = quantized_modules(model), self.quantization_config.modules
+            self.quantization_config.modules = {name: modules[name] for name in modules if name in there}
+            self.has_swapped = bool(self.quantization_config.modules)
+            if self.has_swapped:
+                self._finish(model, report)
+
+    def _finish(self, model: Any, report: Any) -> None:
+        """Leave a model whose layers have been swapped as a quantized one."""
         config = self.quantization_config
-        report = pipeline.run(model, config, freshly_loaded)
         if self._waits_on_cpu:
             _move_to_gpu(model, config)
         # The config stays on the model: the data must not.
@@ -225,7 +242,7 @@ def _move_to_gpu(model: Any, config: GuidedQuantConfig) -> None:
 
 def _unfuse_quantized(model: Any, config: GuidedQuantConfig) -> list[str]:
     """Make experts linear layers if the config lists any of those; returns names of tensors, before and after."""
-    saved = {alias for name in config.modules for alias in _aliases(model, name)}
+    saved = {alias for name in config.modules for alias in aliases(model, name)}
     fused = fused_experts(model)
     if not any(name.startswith(f"{experts}.") for experts in fused for name in saved):
         return []
@@ -253,7 +270,7 @@ def _resolve_modules(model: Any, config: GuidedQuantConfig) -> dict[str, tuple[i
     absent = []
     for saved_name, settings in config.modules.items():
         bits, lut_dtype = _module_settings(saved_name, settings)
-        name = next((n for n in _aliases(model, saved_name) if n in known), None)
+        name = next((n for n in aliases(model, saved_name) if n in known), None)
         if name is None:
             absent.append(saved_name)
             continue
@@ -319,7 +336,8 @@ def _module_settings(name: str, settings: Any) -> tuple[int, torch.dtype]:
     return settings["bits"], _LUT_DTYPES[lut_dtype]
 
 
-def _aliases(model: Any, name: str) -> Iterable[str]:
+def aliases(model: Any, name: str) -> Iterable[str]:
+    """Names that a module of a model can have in a checkpoint, and the other way round: a body lacks its prefix."""
     prefix = getattr(model, "base_model_prefix", "")
     yield name
     if prefix:
@@ -338,7 +356,7 @@ def _preflight(model: Any, files: Iterable[Any]) -> None:
     # Names and shapes as transformers writes them, which for some architectures are not the model's own.
     for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
         spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
-        saved_name = next((alias for alias in _aliases(model, name) if alias in found), name)
+        saved_name = next((alias for alias in aliases(model, name) if alias in found), name)
         if name.rpartition(".")[0] in layers:
             quantized[saved_name] = spec
         elif is_body or name.startswith(inside):
@@ -358,7 +376,7 @@ def tied_names(model: Any, found: Iterable[str]) -> set[str]:
     ignored = set()
     for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         here, there = (
-            {alias for saved in revert_weight_conversion(model, {n: state[n]}) for alias in _aliases(model, saved)}
+            {alias for saved in revert_weight_conversion(model, {n: state[n]}) for alias in aliases(model, saved)}
             for n in pair
         )
         ignored |= (there if here & found else set()) | (here if there & found else set())

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psutil
 import torch
@@ -92,7 +92,9 @@ def cublas_workspace() -> Iterator[None]:
 
 @contextmanager
 def reproducible() -> Iterator[None]:
-    """Deterministic kernels and full fp32 products inside; the caller's settings come back afterwards.
+    """Deterministic kernels, full fp32 products, fp32 as the default and no autocast inside.
+
+    The caller's settings come back afterwards.
 
     Without it, attention's backward pass on a GPU adds in a different order every time, and the rounding choices of a
     2-bit model amplify that to several per cent of perplexity.
@@ -104,8 +106,15 @@ def reproducible() -> Iterator[None]:
     # torch 2.9 renamed the switch, and refuses programs that mix both names.
     switch, full = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     precision = getattr(matmul, switch)
-    with cublas_workspace():
+    dtype = torch.get_default_dtype()
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} | ({accelerator.type} if accelerator else set())
+    with ExitStack() as stack:
+        stack.enter_context(cublas_workspace())
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         try:
+            torch.set_default_dtype(torch.float32)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             setattr(matmul, switch, full)
@@ -114,3 +123,4 @@ def reproducible() -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
             torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
             setattr(matmul, switch, precision)
+            torch.set_default_dtype(dtype)

@@ -155,6 +155,13 @@ def test_a_chat_that_the_template_refuses_is_a_named_error(mark, only):
         load([CHATS["system prompt"]], tokenizer_of(template), assistant_only_loss=only)
 
 
+def test_parts_that_a_template_for_texts_cannot_join_are_a_named_error():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
+    with pytest.raises(CalibrationError, match=r"chat template refuses a calibration chat: .*concatenate"):
+        load([parts], tokenizer_of(template))
+
+
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_an_empty_chat_of_a_stream_is_a_named_error(template):
     with pytest.raises(CalibrationError, match=r"chat template refuses a calibration chat: .*empty"):

@@ -59,7 +59,7 @@ def assistant_labels(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
 def _apply(tokenizer: Any, chat: Chat, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(list(chat), **options)
-    except (TemplateError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise CalibrationError(f"The tokenizer's chat template refuses a calibration chat: {error}") from error
 
 

@@ -125,6 +125,7 @@ def outline(
             ids = torch.zeros(tokens, dtype=torch.int64, device=device)
             watch.memory.leave_out([*tensors.values(), ids])
             stack.enter_context(watch.memory)
+            stack.enter_context(_own_tensors(model))
             output = functional_call(model, tensors, (), {"input_ids": ids.unsqueeze(0), "use_cache": False})
             if guided:
                 loss = end_loss(output, ids)
@@ -138,6 +139,18 @@ def outline(
         except Exception as error:  # noqa: BLE001  Any model's code runs here.
             logger.warning("What %s takes of memory cannot be foretold: %s", type(model).__name__, error)
             return Outline()
+
+
+@contextmanager
+def _own_tensors(model: nn.Module) -> Iterator[None]:
+    """Modules have their tensors back at the end; ``functional_call`` forgets those of modules with two names."""
+    kept = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in kept:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
 
 
 def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Any:

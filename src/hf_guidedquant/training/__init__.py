@@ -1,6 +1,6 @@
 """Better than solved: codes and codebooks trained against the original model, block by block and end to end."""
 
-from .batches import held_back, stack_size
+from .batches import check_rows, held_back, stack_size
 from .blocks import BlockReport, Layers, ReconstructReport, TrainedBlock, flat_tensors, layers_by_block
 from .distillation import DistilledEpochs, DistillReport, distill
 from .divergence import Divergence, logit_bytes, output_head, teacher_states
@@ -15,6 +15,7 @@ __all__ = [
     "ReconstructReport",
     "TrainedBlock",
     "check_blocks",
+    "check_rows",
     "distill",
     "flat_tensors",
     "held_back",

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
+
 # Tokens of rows of one length that go through the model together, at most.
 _STACKED_TOKENS = 8192
 # Share of the training in which the steps grow to their largest.
@@ -20,6 +22,16 @@ def shuffled(items: Sequence[int], generator: torch.Generator) -> list[int]:
 def held_back(count: int, share: float) -> int:
     """How many of so many rows are not trained on: one at least."""
     return max(1, round(share * count))
+
+
+def check_rows(count: int) -> None:
+    """Refuse to train on too few rows.
+
+    Raises:
+        CalibrationError: Less than two.
+    """
+    if count < 2:
+        raise CalibrationError("Training needs two calibration rows at least: one to learn from, one to hold back.")
 
 
 def set_aside(items: Sequence[int], share: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
@@ -63,4 +75,4 @@ def rate(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - _RISE) / (1 - _RISE)))
 
 
-__all__ = ["batches", "held_back", "rate", "set_aside", "shuffled", "stack_size", "stacks"]
+__all__ = ["batches", "check_rows", "held_back", "rate", "set_aside", "shuffled", "stack_size", "stacks"]

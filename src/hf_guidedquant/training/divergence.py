@@ -18,7 +18,7 @@ from ..calibration import Shelf
 from ..calibration.collector import MAX_BAD_ROWS, input_device
 from ..errors import CalibrationError, ModelError
 from ..running import evaluating
-from .batches import stacks
+from .batches import check_rows, stacks
 
 # Tokens whose logits exist at a time.
 _LOGIT_TOKENS = 2048
@@ -56,8 +56,7 @@ def teacher_states(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tenso
         ModelError: The model's logits cannot be made again from these states.
         CalibrationError: There are less than two rows, or more than 10 % of them give NaN or infinity.
     """
-    if len(rows) < 2:
-        raise CalibrationError("Distillation needs two calibration rows at least: one to train on, one to hold back.")
+    check_rows(len(rows))
     found: dict[int, Tensor] = {}
     shelf, checked = Shelf(), False
     # Smoothed little: rows are alike, but the first ones take longer, until all kernels are loaded.

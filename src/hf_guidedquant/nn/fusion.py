@@ -155,7 +155,8 @@ def fuse(model: nn.Module) -> int:
     codebook dtypes, a bias on some only, rows that do not fill tiles) stay as they are. Products are common on GPUs
     with tensor-core kernels, also once a model is moved there later, for up to 64 tokens and without gradients. Between
     the calls of two such layers nobody may change their common input in place under ``torch.inference_mode`` or
-    ``torch.compile``: torch keeps no count of such changes there.
+    ``torch.compile``: torch keeps no count of such changes there. Nor does compiled code notice that ``.data`` of a
+    parameter has been replaced; it does notice another parameter, and what is changed in place.
     """
     from .guided_linear import GuidedLinear
 

@@ -263,8 +263,8 @@ def gradients_of_activations_only(model: PreTrainedModel) -> Iterator[None]:
     """Freeze every weight and start the graph at the embeddings, so that no weight gradient is ever allocated."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embeddings = model.get_input_embeddings()
-    # A copy, because some models change what comes out in place.
-    start = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True).clone())
+    # Something new that depends on a leaf, because some models change what comes out in place.
+    start = embeddings.register_forward_hook(lambda module, args, out: out + out.new_zeros((), requires_grad=True))
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)

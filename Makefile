@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 bin := $(VENV)/bin
 ready := $(VENV)/.ready
 # The tests that show that a version of transformers works.
-end_to_end := tests/test_end_to_end.py tests/test_families.py tests/test_embeddings.py tests/test_checkpoint.py tests/test_hub.py tests/test_layers.py tests/test_decoding.py tests/test_lora.py
+end_to_end := tests/test_end_to_end.py tests/test_families.py tests/test_embeddings.py tests/test_checkpoint.py tests/test_hub.py tests/test_layers.py tests/test_decoding.py tests/test_lora.py tests/test_running.py
 
 .PHONY: demo test lint types unit compat setup clean
 

@@ -93,8 +93,10 @@ class TestPlainTriton:
         for tokens in (1, 32):
             portable.lut_linear(torch.zeros(tokens, 4096, dtype=dtype), *packed(3), None)
         portable.lut_dequantize(*packed(8), 4096, dtype)
-        y, x = torch.zeros(64, 1000, dtype=dtype), torch.zeros(64, 4096, dtype=dtype)
-        sparse.add_product(y, x, torch.zeros(1000, 19, dtype=dtype), torch.zeros(1000, 19, dtype=torch.int16))
+        overlay = torch.zeros(1000, 19, dtype=dtype), torch.zeros(1000, 19, dtype=torch.int16)
+        for tokens in (1, 64):
+            sparse.add_product(torch.zeros(tokens, 1000, dtype=dtype), torch.zeros(tokens, 4096, dtype=dtype), *overlay)
+        sparse.add_to_dense(torch.zeros(1000, 4096, dtype=dtype), *overlay)
         assert_fit(compiled, name)
 
     def test_solver_and_training(self, name, compile_for):

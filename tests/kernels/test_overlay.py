@@ -8,6 +8,7 @@ from interpreter import interpreter_only, not_interpreted, run_interpreted_tests
 from test_ops import DTYPES, OPS, activations, dense64, layer
 
 from hf_guidedquant.triton_kernels import lut_dequantize, lut_dequantize_tiled, lut_linear, lut_linear_tiled, pack_tiles
+from hf_guidedquant.triton_kernels.reference import add_overlay
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -227,6 +228,36 @@ def test_kernel_on_a_gpu_against_float64_per_element(dtype, tokens, count):
     check_kernel(dtype, tokens, count, "cuda")
 
 
+def check_dense(dtype, count: int, device: str) -> None:
+    """The same bits as torch's, in a part of a matrix whose rows lie apart; nothing else is written."""
+    from hf_guidedquant.triton_kernels.sparse import add_to_dense
+
+    rows, inputs = 37, 144
+    values, columns = (tensor.to(device) for tensor in overlay(rows, inputs, count, seed=count))
+    wide = surrounded(activations(rows, inputs + 16, dtype=dtype, seed=1).to(device), float("nan"))
+    expected = wide.clone()
+    for part in (slice(0, 20), slice(20, rows)):
+        add_to_dense(wide[part, :inputs], values[part], columns[part])
+    assert torch.equal(wide, torch.cat([add_overlay(expected[:, :inputs], (values, columns)), expected[:, inputs:]], 1))
+    assert not torch.equal(wide, activations(rows, inputs + 16, dtype=dtype, seed=1).to(device))
+    assert wide._base[:64].isnan().all()
+    assert wide._base[-64:].isnan().all()
+
+
+@interpreter_only
+@pytest.mark.parametrize("count", [1, 19, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_kernel_adds_to_a_dense_matrix(dtype, count):
+    check_dense(dtype, count, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 19, 33])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+def test_kernel_on_a_gpu_adds_to_a_dense_matrix(dtype, count):
+    check_dense(dtype, count, "cuda")
+
+
 @interpreter_only
 @pytest.mark.parametrize("shape", [(45,), (0, 45), (2, 3, 45), (4, 1, 45)])
 def test_interpreted_kernel_takes_activations_of_all_shapes(shape):
@@ -256,14 +287,18 @@ def test_interpreted_kernel_is_not_reached_by_activations_of_other_inputs():
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 @pytest.mark.gpu
 @pytest.mark.usefixtures("dense_products_in_fp32")
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 64, 200, 600])
+@pytest.mark.parametrize(
+    # How an overlay is multiplied also depends on how large the layer is.
+    ("tokens", "rows", "inputs"),
+    [*((tokens, 300, 1000) for tokens in (1, 2, 7, 16, 64, 200, 600)), (200, 8300, 4096)],
+)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products_on_a_gpu_against_float64_per_element(dtype, bits, tokens):
-    codes, weight, lut = (tensor.cuda() for tensor in layer(bits, 300, 1000))
-    values, columns = (tensor.cuda() for tensor in overlay(300, 1000, 5))
-    x, tiles = activations(tokens, 1000, dtype=dtype).cuda(), pack_tiles(weight, 1000)
-    dense, sparse = dense64(codes, lut, dtype), sparse64(values, columns, 1000)
+def test_products_on_a_gpu_against_float64_per_element(dtype, bits, tokens, rows, inputs):
+    codes, weight, lut = (tensor.cuda() for tensor in layer(bits, rows, inputs))
+    values, columns = (tensor.cuda() for tensor in overlay(rows, inputs, 5))
+    x, tiles = activations(tokens, inputs, dtype=dtype).cuda(), pack_tiles(weight, inputs)
+    dense, sparse = dense64(codes, lut, dtype), sparse64(values, columns, inputs)
     for op, packed in ((lut_linear_tiled, tiles), (lut_linear, weight)):
         first, second = (op(x, packed, lut, None, values, columns) for _ in range(2))
         assert torch.equal(first, second)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import reference
 from .backend import backend_for
-from .reference import Overlay, add_overlay
+from .reference import Overlay
 from .tiles import unpack_tiles
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,9 +30,21 @@ def add_sparse_product(y: Tensor, x: Tensor, overlay: Overlay) -> Tensor:
     return y
 
 
+def add_to_dense(dense: Tensor, overlay: Overlay) -> Tensor:
+    """``dense [N, K]``, to which the overlay is added in place; every sum is rounded once."""
+    if overlay is not None and dense.dtype in _KERNEL_DTYPES and backend_for(dense.device) != "torch":
+        from . import portable, sparse
+
+        # The interpreter cuts off what it stores as bf16.
+        if not (portable.INTERPRETED and dense.dtype == torch.bfloat16):
+            sparse.add_to_dense(dense, *overlay)
+            return dense
+    return reference.add_overlay(dense, overlay)
+
+
 def dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype, overlay: Overlay = None) -> Tensor:
     """W with its codes as bit-planes, and maybe an overlay."""
-    return add_overlay(_dequantize(weight, lut, in_features, dtype), overlay)
+    return add_to_dense(_dequantize(weight, lut, in_features, dtype), overlay)
 
 
 def _dequantize(weight: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +69,7 @@ def dequantize_tiled(
     tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype, overlay: Overlay = None
 ) -> Tensor:
     """W with its codes as tiles, and maybe an overlay."""
-    return add_overlay(_dequantize_tiled(tiles, lut, in_features, dtype), overlay)
+    return add_to_dense(_dequantize_tiled(tiles, lut, in_features, dtype), overlay)
 
 
 def _dequantize_tiled(tiles: Tensor, lut: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""The product with an overlay, in plain Triton: for any GPU that Triton knows, and for tests on a CPU."""
+"""Overlays in plain Triton, as products and in dense matrices: for any GPU that Triton knows, and for CPU tests."""
 
 import math
 
@@ -17,6 +17,8 @@ _FEW = 4
 _PRODUCTS, _OUTLIERS, _ROWS = 2048, 32, 16
 # Of a program for many: tokens at most, and outliers whose activations are under way together.
 _TOKENS, _UNDER_WAY = 64, 8
+# Outliers that a program adds to a dense matrix.
+_ADDED = 512
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -80,6 +82,18 @@ def _product(x, values, columns, place, line, stride_8):
 
 
 @triton.jit
+def _dense_kernel(dense, values, columns, entries, stride, COUNT: tl.constexpr, ENTRIES: tl.constexpr):
+    """``ENTRIES`` outliers, summed in fp32 and rounded once."""
+    entry = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = entry < entries
+    value = tl.load(values + entry, mask=inside, other=0.0).to(tl.float32)
+    # No column stands twice in a row, so nothing is written twice.
+    places = dense + entry // COUNT * stride + tl.load(columns + entry, mask=inside, other=0)
+    total = tl.load(places, mask=inside, other=0.0).to(tl.float32) + value
+    tl.store(places, total.to(dense.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _add(y, sums, column, line, tokens, rows):
     """``y[tokens, rows] += sums``, rounded once."""
     stored = (column < rows)[:, None] & (line < tokens)[None, :]
@@ -110,6 +124,23 @@ def add_product(y: Tensor, x: Tensor, values: Tensor, columns: Tensor) -> None:
     launch = _launch_few if tokens <= _FEW else _launch_many
     with launching_on(x.device):
         launch(y, x.reshape(tokens, x.shape[-1]), values, columns)
+
+
+def add_to_dense(dense: Tensor, values: Tensor, columns: Tensor) -> None:
+    """``dense += overlay``, every sum in fp32 and rounded once.
+
+    Args:
+        dense: ``[N, K]``, fp16, bf16 or fp32; the inputs of a row are neighbours. On a CPU only if the kernels are
+            interpreted, and then not bf16.
+        values, columns: As for :func:`add_product`; no column stands twice in a row.
+    """
+    entries, count = values.numel(), values.shape[1]
+    if entries:
+        with launching_on(dense.device):
+            _dense_kernel[(triton.cdiv(entries, _ADDED),)](
+                dense, values.contiguous(), columns.contiguous(), entries, dense.stride(0),
+                COUNT=count, ENTRIES=_ADDED, num_warps=4,
+            )  # fmt: skip
 
 
 def _launch_few(y: Tensor, x: Tensor, values: Tensor, columns: Tensor) -> None:

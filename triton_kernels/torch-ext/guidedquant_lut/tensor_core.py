@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .backend import launching_on
 from .configs import Config, MatrixConfig, PrefillConfig, VectorConfig, choose
-from .reference import Overlay, add_overlay, lut_dequantize, pack_codes
-from .sparse import add_product
+from .reference import Overlay, lut_dequantize, pack_codes
+from .sparse import add_product, add_to_dense
 from .tile_kernels import add_splits_kernel, dequantize_kernel, matrix_kernel, vector_kernel
 from .tiles import pack_tiles
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 _DENSE_ROWS = 4096
 # What a program of `prefill_kernel` takes: the most that registers and shared memory of Hopper hold.
 _PREFILL = {"TOKENS": 256, "WARPS": 8, "STAGES": 4}
-# For more tokens an overlay is faster added to expanded rows than multiplied by itself.
-_SPARSE_TOKENS = 64
 
 
 def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: Overlay = None) -> Tensor:
@@ -34,7 +32,7 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
     result = x.new_empty(*x.shape[:-1], rows)
     y = result.view(-1, rows)
     config = None
-    if overlay is None or flat.shape[0] <= _SPARSE_TOKENS:
+    if overlay is None or _worth_a_product(flat.shape[0], rows * inputs):
         config = choose(_capability(x.device.index), tiles.shape[2] // 64, flat.shape[0], rows, inputs)
     if isinstance(config, PrefillConfig) and prefill() is None:
         config = None
@@ -46,6 +44,11 @@ def linear(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, overlay: 
             if overlay is not None:
                 add_product(y, flat, *overlay)
     return result
+
+
+def _worth_a_product(tokens: int, weights: int) -> bool:
+    """Whether an overlay is faster multiplied by itself than added to expanded rows."""
+    return tokens <= (256 if weights > 2**25 else 64)
 
 
 def launch(x: Tensor, tiles: Tensor, lut: Tensor, bias: Tensor | None, y: Tensor, config: Config) -> None:
@@ -166,7 +169,8 @@ def linear_by_chunks(
         rows = slice(16 * start, min(16 * (start + step), lut.shape[0]))
         dense = buffer[: rows.stop - rows.start]
         _launch_dequantize(tiles[start : start + step], lut[rows], dense)
-        add_overlay(dense, None if overlay is None else (overlay[0][rows], overlay[1][rows]))
+        if overlay is not None:
+            add_to_dense(dense, overlay[0][rows], overlay[1][rows])
         if bias is None:
             torch.mm(x, dense.mT, out=y[:, rows])
         else:

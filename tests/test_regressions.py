@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hf_guidedquant.errors import (
 from hf_guidedquant.evaluate import perplexity
 from hf_guidedquant.formats.lut import codebook_dtype
 from hf_guidedquant.nn import quantized_modules
+from hf_guidedquant.plan import plan_layers
 from hf_guidedquant.resources import reproducible
 
 PROMPT = torch.arange(2, 10)[None]
@@ -74,6 +76,22 @@ def test_a_row_of_tiny_weights_keeps_its_precision(llama):
 def test_a_pattern_that_matches_nothing_is_an_error(llama, field):
     with pytest.raises(ConfigError, match=r"donw_proj|typo"):
         hf_guidedquant.quantize(llama, config(**field))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "reason"),
+    [
+        ("lm_head", {}, "lm_head is not: output head, without embedding_bits"),
+        ("*.norm", {}, "like 'model.layers.0.self_attn.q_proj'"),
+        ("embed_tokens", {"embedding_bits": None}, "embed_tokens is not: embedding, without embedding_bits"),
+        ("embed_tokens", {"embedding_bits": 4}, "embed_tokens is not: tied to lm_head"),
+        ("k_proj", {"modules_to_not_convert": ["k_proj"]}, "k_proj is not: modules_to_not_convert"),
+    ],
+)
+def test_settings_of_layers_that_stay_as_they_are_are_an_error(pattern, changes, reason):
+    settings = config(overrides={pattern: {"bits": 8}}, **changes)
+    with pytest.raises(ConfigError, match=re.escape(reason)):
+        plan_layers(tiny_model("llama-tied"), settings)
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -155,10 +155,11 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     layer gets of a mean number of bits is only known from data; until then it is that number, rounded up.
 
     Raises:
-        ConfigError: An override or exclusion matches no module, or ``embedding_bits`` saves nothing.
+        ConfigError: An override matches no layer that is quantized, an exclusion no module, or ``embedding_bits`` saves
+            nothing.
         NoLinearLayersError: Nothing is left to quantize.
     """
-    _check_patterns(model, config)
+    _check_exclusions(model, config)
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     unhandled: list[str] = []
@@ -190,6 +191,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             f"{type(model).__name__} has no linear layer to quantize"
             + (f" (modules_to_not_convert={config.modules_to_not_convert})." if config.modules_to_not_convert else ".")
         )
+    _check_overrides(config, layers, skipped, vocabulary)
     return Plan(tuple(layers), skipped, *_sizes(model, layers))
 
 
@@ -240,13 +242,31 @@ def with_bits(model: nn.Module, layers_plan: Plan, bits: Mapping[str, int]) -> P
     return Plan(tuple(layers), layers_plan.skipped, *_sizes(model, layers))
 
 
-def _check_patterns(model: nn.Module, config: GuidedQuantConfig) -> None:
+def _check_exclusions(model: nn.Module, config: GuidedQuantConfig) -> None:
     """Refuse names and patterns that mean no module: a misspelt one would go unnoticed."""
     names = [name for name, _ in model.named_modules()]
-    for field, patterns in (("overrides", config.overrides), ("modules_to_not_convert", config.modules_to_not_convert)):
-        for pattern in patterns or ():
-            if not any(matches(name, pattern) for name in names):
-                raise ConfigError(field, pattern, f"names or patterns of modules, like {names[-1]!r}")
+    for pattern in config.modules_to_not_convert or ():
+        if not any(matches(name, pattern) for name in names):
+            raise ConfigError("modules_to_not_convert", pattern, f"names or patterns of modules, like {names[-1]!r}")
+
+
+def _check_overrides(
+    config: GuidedQuantConfig,
+    layers: Sequence[LayerPlan],
+    skipped: Mapping[str, str],
+    vocabulary: tuple[str | None, str | None],
+) -> None:
+    """Refuse settings of what is not quantized, or goes by another name: they would do nothing."""
+    others = {weight.rpartition(".")[0]: reason for weight, reason in skipped.items()}
+    if config.embedding_bits is None:
+        others |= {name: f"{others[name]}, without embedding_bits" for name in vocabulary if name in others}
+    elif vocabulary[0] is not None:
+        others.setdefault(vocabulary[0], f"tied to {vocabulary[1]}, which is quantized for both")
+    for pattern in config.overrides:
+        if not any(matches(layer.name, pattern) for layer in layers):
+            reasons = (f"; {name} is not: {reason}" for name, reason in others.items() if matches(name, pattern))
+            allowed = "names or patterns of layers that are quantized" + next(reasons, f", like {layers[0].name!r}")
+            raise ConfigError("overrides", pattern, allowed)
 
 
 def _skip_reason(

@@ -111,7 +111,8 @@ def test_of_json_lines_no_more_is_read_than_it_takes(tmp_path):
         ("x.jsonl", b"5", "holds 5, which is no text"),
         ("x.jsonl", b'{"prose": "a"}', r"has the columns \['prose'\].*given as column"),
         ("x.jsonl", b'{"text": "a"}\n{"text": 5}', "record 2: 'text' is 5; the data are texts"),
-        ("x.jsonl", b'{"messages": []}\n{"text": 5}', "record 2: 'messages' is None; the data are chats"),
+        ("x.jsonl", b'{"messages": []}\n{"messages": null}', "record 2: 'messages' is None; the data are chats"),
+        ("x.jsonl", b'{"text": "a"}\n{"messages": []}', "record 2 has no 'text' as others have; it has messages"),
         ("x.jsonl", b"", "has the columns"),
     ],
 )

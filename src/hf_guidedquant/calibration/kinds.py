@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, listed
 from .hub import HubDataset
 from .local import JSON_SUFFIXES, JsonRecords, read_text
 from .named import NAMED_DATASETS
@@ -116,7 +116,11 @@ def classify_columns(dataset: Any, column: str | None = None, called: str | None
 
 def _values(dataset: Any, column: str, kind: str, subject: str) -> Iterator[Any]:
     for number, row in enumerate(dataset, start=1):
-        value = row.get(column)
+        if column not in row:
+            raise CalibrationError(
+                f"{subject}, record {number} has no {column!r} as others have; it has {listed(row)}."
+            )
+        value = row[column]
         if (value is None and kind != "texts") or (kind == "texts" and not isinstance(value, str | None)):
             raise CalibrationError(f"{subject}, record {number}: {column!r} is {value!r:.50}; the data are {kind}.")
         yield value

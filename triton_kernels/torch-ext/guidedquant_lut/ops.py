@@ -6,6 +6,7 @@ Two layouts of the codes have a product and a dense matrix each: bit-planes, as 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,37 +29,43 @@ _library = torch.library.Library(OPS_NAMESPACE, "FRAGMENT")
 _ops = getattr(torch.ops, OPS_NAMESPACE)
 
 
+def _check(condition: Any, message: Callable[[], str]) -> None:
+    """``torch._check``, which takes its time over what is plainly true; there are many of them in a token's time."""
+    if condition is not True:
+        torch._check(condition, message)
+
+
 def _check_codes(weight: Tensor, lut: Tensor, bits: int, rows: int) -> None:
-    torch._check(weight.dtype == torch.int32, lambda: f"weight must be int32, got {weight.dtype}")
-    torch._check(lut.is_floating_point(), lambda: f"lut must be floating point, got {lut.dtype}")
-    torch._check(
+    _check(weight.dtype == torch.int32, lambda: f"weight must be int32, got {weight.dtype}")
+    _check(lut.is_floating_point(), lambda: f"lut must be floating point, got {lut.dtype}")
+    _check(
         lut.dim() == 2 and lut.shape[0] == rows and lut.shape[1] == 2**bits,
         lambda: f"lut must be [{rows}, {2**bits}] for weight {tuple(weight.shape)}, got {tuple(lut.shape)}",
     )
 
 
 def _check_planes(weight: Tensor, lut: Tensor, in_features: int) -> None:
-    torch._check(weight.dim() == 3, lambda: f"weight must be [bits, out, words], got {tuple(weight.shape)}")
+    _check(weight.dim() == 3, lambda: f"weight must be [bits, out, words], got {tuple(weight.shape)}")
     bits, rows, words = weight.shape
-    torch._check(1 <= bits <= 8, lambda: f"weight has {bits} bit-planes; 1 to 8 are allowed")
+    _check(1 <= bits <= 8, lambda: f"weight has {bits} bit-planes; 1 to 8 are allowed")
     _check_codes(weight, lut, bits, rows)
-    torch._check(
+    _check(
         words == words_per_row(in_features),
         lambda: f"{in_features} inputs take {words_per_row(in_features)} words a row, weight has {words}",
     )
 
 
 def _check_tiles(tiles: Tensor, lut: Tensor, in_features: int) -> None:
-    torch._check(tiles.dim() == 3, lambda: f"tiles must be [row tiles, blocks, words], got {tuple(tiles.shape)}")
+    _check(tiles.dim() == 3, lambda: f"tiles must be [row tiles, blocks, words], got {tuple(tiles.shape)}")
     bits, rest = tiles.shape[2] // 64, tiles.shape[2] % 64
-    torch._check(
+    _check(
         rest == 0 and bits in TILED_BITS,
         lambda: f"tiles have {tiles.shape[2]} words; 64 a bit, for {TILED_BITS} bits, are allowed",
     )
-    torch._check(lut.dim() == 2, lambda: f"lut must be [out, {2**bits}], got {tuple(lut.shape)}")
+    _check(lut.dim() == 2, lambda: f"lut must be [out, {2**bits}], got {tuple(lut.shape)}")
     _check_codes(tiles, lut, bits, lut.shape[0])
     expected = tiles_shape(bits, lut.shape[0], in_features)
-    torch._check(
+    _check(
         tuple(tiles.shape) == expected,
         lambda: f"{lut.shape[0]} outputs of {in_features} inputs take tiles {expected}, got {tuple(tiles.shape)}",
     )
@@ -67,14 +74,14 @@ def _check_tiles(tiles: Tensor, lut: Tensor, in_features: int) -> None:
 def _check_overlay(values: Tensor | None, columns: Tensor | None, rows: int) -> Overlay:
     """Both or none. Which columns they are is not looked at, because a GPU would have to be waited for."""
     if values is None or columns is None:
-        torch._check(values is columns, lambda: "overlay_values and overlay_columns belong together")
+        _check(values is columns, lambda: "overlay_values and overlay_columns belong together")
         return None
-    torch._check(values.is_floating_point(), lambda: f"overlay_values must be floating point, got {values.dtype}")
-    torch._check(
+    _check(values.is_floating_point(), lambda: f"overlay_values must be floating point, got {values.dtype}")
+    _check(
         columns.dtype in (torch.int16, torch.int32),
         lambda: f"overlay_columns must be int16 or int32, got {columns.dtype}",
     )
-    torch._check(
+    _check(
         values.dim() == 2 and values.shape[0] == rows and values.shape == columns.shape,
         lambda: (
             f"overlay_values and overlay_columns must be [{rows}, n], "
@@ -99,11 +106,11 @@ def _define(
     def check_linear(
         x: Tensor, weight: Tensor, lut: Tensor, bias: Tensor | None, values: Tensor | None, columns: Tensor | None
     ) -> Overlay:
-        torch._check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
-        torch._check(x.dim() >= 1, lambda: "x must be [..., in_features]")
+        _check(x.is_floating_point(), lambda: f"x must be floating point, got {x.dtype}")
+        _check(x.dim() >= 1, lambda: "x must be [..., in_features]")
         check_weight(weight, lut, x.shape[-1])
         if bias is not None:
-            torch._check(
+            _check(
                 bias.dim() == 1 and bias.shape[0] == lut.shape[0],
                 lambda: f"bias must be [{lut.shape[0]}], got {tuple(bias.shape)}",
             )
@@ -146,7 +153,7 @@ def _define(
         values: Tensor | None,
         columns: Tensor | None,
     ) -> Overlay:
-        torch._check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
+        _check(dtype.is_floating_point, lambda: f"dtype must be floating point, got {dtype}")
         check_weight(weight, lut, in_features)
         return _check_overlay(values, columns, lut.shape[0])
 

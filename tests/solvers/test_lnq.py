@@ -98,14 +98,16 @@ def test_codebook_step_is_least_squares_and_leaves_empty_codewords_alone(monkeyp
             best = torch.linalg.lstsq(factor.mT @ one_hot, (factor.mT @ weight[g, r]).unsqueeze(1)).solution.squeeze(1)
             normal = one_hot.mT @ hessian[g] @ one_hot
             spectrum = torch.linalg.eigvalsh(normal)
-            # The ridge ε shortens the step by at most ε / λ_min; forming and solving the normal equations loses
+            # A ridge of up to ε shortens the step by at most ε / λ_min; forming and solving the normal equations loses
             # K eps cond(A) of the codebook's size.
-            ridge = quadratic._RIDGE * normal.trace() / levels
+            ridge = quadratic._RIDGE * normal.diagonal().max() + quadratic._RIDGE_OF_MEAN * normal.trace() / levels
             size = torch.cat([best, old]).abs().max() * levels**0.5
             bound = (
                 ridge / spectrum[0] * (best - old[used]).norm() + 8 * inputs * EPS64 * spectrum[-1] / spectrum[0] * size
             )
             fitted = after.codebook[g, r][after.codes[g, :, r].long()]
+            low, high = weight[g, r].aminmax()
+            best = best.clamp(2 * low - high, 2 * high - low)
             assert ((fitted - one_hot @ best).abs() <= bound).all()
             empty = [entry for entry in range(levels) if entry not in used.tolist()]
             assert 0 in empty
@@ -267,6 +269,26 @@ def test_smallest_shapes_and_extreme_bits(bits, rows, inputs):
         # Enough codewords for every weight: what is left is fp64 -> fp32 rounding of the codewords.
         exact = row_objective(weight.abs(), torch.zeros_like(weight), hessian.abs())
         assert (solution.objectives["lnq"] <= (4 * EPS32) ** 2 * exact).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5])
+@pytest.mark.parametrize("inputs", [64, 256])
+def test_codebooks_stay_near_the_weights_where_inputs_sum_to_zero(bits, inputs):
+    """As behind a layer norm without weights: nothing is lost if a row's codewords are all moved alike."""
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(1, 4096, inputs, generator=generator) @ torch.randn(inputs, inputs, generator=generator)
+    hessian, _ = condition((x := torch.nn.functional.layer_norm(x, x.shape[-1:])).mT @ x, "layer")
+    weight = 0.06 * torch.randn(1, 48, inputs, generator=generator)
+    solution = lnq.solve(weight, hessian, SolverSpec(bits=bits))
+    low, high = weight.aminmax(dim=-1)
+    assert (solution.codebook.float().amin(dim=-1) >= low - 0.1 * (high - low)).all()
+    assert (solution.codebook.float().amax(dim=-1) <= high + 0.1 * (high - low)).all()
+    # Rounding the sums costs so much of what the terms amount to.
+    quantized = solution.codebook.float().gather(-1, solution.codes.long())
+    size = row_objective(weight.abs() + quantized.abs(), torch.zeros_like(weight), hessian.abs())
+    assert (
+        (solution.objectives["lnq"] - true_objective(solution, weight, hessian)).abs() <= inputs * EPS32 * size
+    ).all()
 
 
 def test_the_same_input_gives_the_same_bytes_twice():

@@ -24,8 +24,9 @@ from .products import LowerProduct, PlainProduct, SplitProduct, has_tensor_cores
 # Inputs per panel and per block of coordinate descent. ``H (ŵ - w)`` is computed afresh for every panel; a block's
 # changes reach the rest of its panel by one matrix product; steps inside a block read the block's own changes.
 PANEL, BLOCK = 1024, 128
-# Ridge of the codebook step relative to the mean diagonal of its normal equations, and the largest one-hot array.
-_RIDGE = 1e-7
+# Ridges of the codebook step, relative to the diagonal of its normal equations and to the mean of that: above what fp32
+# knows of them, and what holds empty codewords. Then the largest one-hot array.
+_RIDGE, _RIDGE_OF_MEAN = 1e-5, 1e-7
 _CHUNK = 1 << 25
 
 
@@ -139,14 +140,18 @@ class Problem:
     def fit_codebook(self, state: State) -> State:
         """The best codebook for the state's codes, in ascending order, and the codes renumbered to match.
 
-        Solves for the change from the old codebook, ``(Pᵀ H P + εI) δ = -Pᵀ H e``: an empty codeword has a zero row
-        and right-hand side and stays where it is.
+        Solves for the change from the old codebook, ``(Pᵀ H P + D) δ = -Pᵀ H e`` with a small diagonal D: an empty
+        codeword has a zero row and right-hand side and stays where it is, and so do all if inputs that sum to zero
+        (behind a layer norm without weights) leave open where they are. None goes further beyond the row's weights than
+        these lie apart.
         """
         codes, codebook = state.codes.mT.contiguous(), state.codebook  # [G, R, K], [G, R, L]
         groups, rows, inputs = codes.shape
         levels = codebook.shape[-1]
         error = self.quantized(state.codes, codebook).sub_(self.weight).mT.unsqueeze(-1)  # [G, R, K, 1]
         inliers = None if self.outliers is None else ~self.outliers.mT.unsqueeze(2)  # [G, R, 1, K]
+        low, high = self.weight.aminmax(dim=1)  # [G, R]
+        spread = high - low
         entries = torch.arange(levels, device=codes.device).unsqueeze(-1)
         fitted = torch.empty_like(codebook)
         step = max(1, _CHUNK // (groups * inputs * levels))
@@ -158,10 +163,11 @@ class Problem:
             curved = self.product.one_hot(one_hot.flatten(1, 2)).view(one_hot.shape)  # Pᵀ H
             normal = (curved @ one_hot.to(curved.dtype).mT).double()  # [G, r, L, L]
             right = (curved @ error[:, part]).double()  # [G, r, L, 1]
-            ridge = _RIDGE * normal.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
-            normal.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
+            diagonal = normal.diagonal(dim1=-2, dim2=-1)
+            diagonal += _RIDGE * diagonal + _RIDGE_OF_MEAN * diagonal.mean(dim=-1, keepdim=True)
             fitted[:, part] = codebook[:, part] - torch.linalg.solve(normal, right).squeeze(-1).to(codebook.dtype)
         del error
+        fitted = fitted.clamp((low - spread).unsqueeze(-1), (high + spread).unsqueeze(-1))
         renumbered, fitted = sort_codebook(codes, fitted)
         return self.state(renumbered.mT.contiguous(), fitted)
 

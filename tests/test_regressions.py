@@ -4,13 +4,23 @@ import os
 import pickle
 import re
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_model, token_rows
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, CTRLConfig, CTRLLMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+)
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, pipeline, solving
+from hf_guidedquant import GuidedQuantConfig, pipeline, plan, solving
 from hf_guidedquant.calibration import load_rows
 from hf_guidedquant.errors import (
     CalibrationError,
@@ -25,7 +35,9 @@ from hf_guidedquant.evaluate import perplexity
 from hf_guidedquant.formats.lut import codebook_dtype
 from hf_guidedquant.nn import quantized_modules
 from hf_guidedquant.plan import plan_layers
+from hf_guidedquant.report import load_report
 from hf_guidedquant.resources import reproducible
+from hf_guidedquant.training.steps import Steps
 
 PROMPT = torch.arange(2, 10)[None]
 
@@ -137,8 +149,77 @@ def test_a_new_classification_head_can_be_left_out(tmp_path):
     settings = config(guided=False, modules_to_not_convert=["score"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=settings)
     assert type(model.score) is torch.nn.Linear
-    with pytest.raises(ModelError, match="no weight for score"):
+    with pytest.raises(ModelError, match=r"holds no score\.weight"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config(guided=False))
+
+
+@pytest.mark.parametrize("absent", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_checkpoint_without_a_part_is_refused(tmp_path, absent):
+    """Transformers makes up random values, which the end loss would depend on."""
+    model = tiny_model()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != absent}
+    model.save_pretrained(tmp_path, state_dict=tensors)
+    settings = {"dataset": token_rows(), "modules_to_not_convert": ["lm_head"]}
+    with pytest.raises(ModelError, match=re.escape(f"holds no {absent}")):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=GuidedQuantConfig(**settings))
+
+
+def test_a_head_whose_dtype_the_model_asks_for_keeps_its_weight():
+    """Mamba casts hidden states to it; codes are integers."""
+    settings = MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8)
+    model = MambaForCausalLM(settings).eval()
+    expected = model(PROMPT).logits.detach()
+    hf_guidedquant.quantize(model, GuidedQuantConfig(bits=8, method="rtn", embedding_bits=4))
+    assert type(model.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(
+        model(PROMPT).logits.detach(), expected, rtol=0.1, atol=0.01 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("settings", [{"reconstruct": True}, {"reconstruct": True, "preset": "fast"}])
+def test_blocks_that_more_than_hidden_states_lead_through_are_not_trained_one_by_one(settings):
+    """Without guidance there are no gradients to show it: Gemma 4's last blocks take keys and values of others."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4}
+    shape = AutoConfig.for_model("gemma4_text", **sizes, num_key_value_heads=2, head_dim=16, vocab_size=128)
+    settings = GuidedQuantConfig(bits=3, dataset=token_rows(), **settings)
+    with pytest.raises(ModelError, match="cannot be run one decoder block at a time"):
+        hf_guidedquant.quantize(AutoModelForCausalLM.from_config(shape).eval(), settings)
+
+
+def test_a_model_in_float64_is_calibrated():
+    model = hf_guidedquant.quantize(tiny_model().double(), config(guided=True))
+    assert model(PROMPT).logits.dtype == torch.float64
+
+
+def test_numbers_of_other_libraries_in_a_report_are_saved(llama, tmp_path):
+    model = hf_guidedquant.quantize(llama, config())
+    model.quantization_report.measured |= {"a": numpy.float32(2.5), "b": torch.tensor(3.0), "c": tmp_path}
+    model.save_pretrained(tmp_path)
+    assert load_report(tmp_path).measured == {"a": 2.5, "b": 3.0, "c": str(tmp_path)}
+
+
+def test_the_folder_that_one_is_in_has_a_name_too(llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hf_guidedquant.quantize(llama, config()).save_pretrained(".")
+    assert f"# {tmp_path.name}" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_plan_takes_a_dictionary_and_refuses_what_is_no_language_model(llama, tmp_path):
+    assert plan(llama, {"bits": 3}, probe=False).layers[0].bits == 3
+    T5Config(d_model=32, num_layers=1, num_heads=2, vocab_size=128).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no causal language model"):
+        plan(tmp_path, {"bits": 3}, probe=False)
+
+
+def test_training_says_which_steps_were_left_out():
+    """Of a row whose states are finite and whose gradients are not, as of any batch with it."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    steps = Steps(lambda x: (x * parameter).sum(), [{"params": [parameter], "largest": 0.1}])
+    for value in (1.0, float("inf"), 2.0):
+        steps.add([torch.full((3,), value)])
+        steps.step(1.0)
+    assert steps.left_out().startswith("1 of 3 steps were left out")
+    assert torch.isfinite(parameter).all()
 
 
 def test_dense_copies_made_in_inference_mode_serve_training_too(llama):

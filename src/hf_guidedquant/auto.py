@@ -47,13 +47,25 @@ def check_unquantized(config: Any) -> None:
 
 
 def auto_class(config: Any) -> Any:
-    """The class that loads a model with this config: of a language model, or of one that also reads images."""
-    known = [
-        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
-    ]
-    return known[0] if known else AutoModelForCausalLM
+    """The class that loads a model with this config: of a language model, or of one that also reads images.
+
+    Raises:
+        ModelError: Neither does.
+    """
+    found = _known_class(config)
+    if found is None and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(
+            f"A model with a {type(config).__name__} is no causal language model, such as an encoder-decoder or a "
+            "vision model; none of these can be quantized here."
+        )
+    return found or AutoModelForCausalLM
 
 
 def pipeline_task(config: Any) -> str:
     """The pipeline that generates with a model of this config."""
-    return "image-text-to-text" if auto_class(config) is AutoModelForImageTextToText else "text-generation"
+    return "image-text-to-text" if _known_class(config) is AutoModelForImageTextToText else "text-generation"
+
+
+def _known_class(config: Any) -> Any:
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in autos if type(config) in auto._model_mapping), None)

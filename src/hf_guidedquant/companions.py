@@ -40,7 +40,7 @@ def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **
         folder = Path(save_directory)
         write_checksums(folder)
         if not (folder / CARD_FILE).exists():
-            _write_card(self, folder, folder.name)
+            _write_card(self, folder, folder.resolve().name)
         if self.quantization_report is not None:
             self.quantization_report.save(folder)
     return result

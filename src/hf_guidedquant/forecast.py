@@ -74,14 +74,19 @@ class Forecast(Plan):
 
 
 def plan(
-    model: nn.Module | str | os.PathLike, config: GuidedQuantConfig, *, probe: bool = True, **kwargs: Any
+    model: nn.Module | str | os.PathLike,
+    config: GuidedQuantConfig | dict[str, Any],
+    *,
+    probe: bool = True,
+    **kwargs: Any,
 ) -> Forecast:
     """What quantizing a model would do and take. No weights are needed, and nothing is changed.
 
     Args:
         model: A causal language model on any devices, the meta device included; or the name or folder of one, of which
             only the config is fetched.
-        config: What is to be done. Of its data only ``num_samples`` and ``seq_len`` count.
+        config: What is to be done, as a config or a dictionary of its fields. Of its data only ``num_samples`` and
+            ``seq_len`` count.
         probe: Measure this machine for some seconds, to tell the time.
         **kwargs: For a name: what ``AutoConfig.from_pretrained`` takes, as ``revision`` or ``trust_remote_code``.
 
@@ -96,6 +101,7 @@ def plan(
             it is to be.
         CalibrationError: A single row of data is to be trained on.
     """
+    config = GuidedQuantConfig(**config) if isinstance(config, dict) else config
     subject: Any = _empty_model(model, **kwargs) if isinstance(model, str | os.PathLike) else model
     with unfused(subject, config, only_inside=True):
         return _plan(subject, config, probe)

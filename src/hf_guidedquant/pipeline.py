@@ -38,7 +38,7 @@ from .calibration import (
     with_fellows,
 )
 from .calibration.store import statistics_identity
-from .config import QUANT_METHOD, GuidedQuantConfig
+from .config import QUANT_METHOD, GuidedQuantConfig, matches
 from .distillation_folder import DistillationFolder
 from .errors import AlreadyQuantizedError, ModelError, NonFiniteWeightError, TokenizerMissingError, listed
 from .experts import unfused
@@ -86,7 +86,7 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     if not workers.first:
         disable_progress_bar()
     layers_plan = plan_layers(model, config)
-    _check_weights(model, layers_plan, freshly_loaded)
+    _check_weights(model, config, freshly_loaded)
     if (embeddings := quantized_embeddings(model, layers_plan.layers)) is not None:
         scale_of(model.get_submodule(embeddings[0]))  # Raises what must not be noticed after hours of work.
     seconds: dict[str, float] = {}
@@ -377,15 +377,26 @@ def check_grad_mode(parameters: Iterable[Tensor] = ()) -> None:
         )
 
 
-def _check_weights(model: nn.Module, layers_plan: Plan, freshly_loaded: bool) -> None:
-    """Refuse NaN anywhere, and layers that no file filled: transformers has given those random weights."""
+def _check_weights(model: nn.Module, config: GuidedQuantConfig, freshly_loaded: bool) -> None:
+    """Refuse NaN anywhere, and parameters that no file filled: transformers has given those random values.
+
+    A new head may be left out where no end loss depends on it.
+    """
     bad = [name for name, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(p).all()]
     if bad:
         raise NonFiniteWeightError(bad)
-    weights: dict[str, Any] = {layer.name: model.get_submodule(layer.name).weight for layer in layers_plan.layers}
-    absent = [name for name, weight in weights.items() if not getattr(weight, "_is_hf_initialized", False)]
+    new = () if config.guided else config.modules_to_not_convert or ()
+    absent = [
+        name
+        for name, p in model.named_parameters()
+        if not getattr(p, "_is_hf_initialized", False)
+        and not any(matches(name.rpartition(".")[0], pattern) for pattern in new)
+    ]
     if freshly_loaded and absent:
-        raise ModelError(f"The checkpoint holds no weight for {listed(absent)}. Load the full-precision original.")
+        raise ModelError(
+            f"The checkpoint holds no {listed(absent)}. Load the full-precision original, a causal language model with "
+            "its output head."
+        )
 
 
 def _calibration(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> Calibration | None:

@@ -1,5 +1,6 @@
 """What will be quantized, how, and what it will weigh. A model on the meta device is enough."""
 
+import inspect
 import logging
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -166,6 +167,7 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     owners = _owners(model)
     dense = dict.fromkeys(routers(model), "router") | dict.fromkeys(_outside_text(model), "outside the text model")
     vocabulary = vocabulary_layers(model)
+    reads_dtype = _reads_dtype(model, vocabulary[1])
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
@@ -173,7 +175,8 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             weight_name = f"{name}.{key}" if name else key
             tied = name in vocabulary and set(owners[id(parameter)]) >= set(vocabulary)
             reasons = [
-                dense.get(one) or _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary)
+                dense.get(one)
+                or _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary, reads_dtype)
                 for one in dict.fromkeys((name, *(vocabulary if tied else ())))
             ]
             reason = next((reason for reason in reasons if reason is not None), None)
@@ -276,6 +279,7 @@ def _skip_reason(
     owners: dict[int, list[str]],
     config: GuidedQuantConfig,
     vocabulary: tuple[str | None, str | None],
+    reads_dtype: bool,
 ) -> str | None:
     if name == vocabulary[1] and config.embedding_bits is None:
         return "output head"
@@ -283,6 +287,8 @@ def _skip_reason(
         return "embedding"
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert or ()):
         return "modules_to_not_convert"
+    if name == vocabulary[1] and reads_dtype:
+        return "unsupported: the model casts activations to its dtype, which codes do not have"
     if name == vocabulary[0] and not scaled_rows(module):
         return f"unsupported: {type(module).__name__} does more than to look up rows and to scale them"
     if name != vocabulary[0] and not is_linear(module):
@@ -292,6 +298,15 @@ def _skip_reason(
     if shared:
         return f"weight is shared with {', '.join(shared)}"
     return None
+
+
+def _reads_dtype(model: nn.Module, head: str | None) -> bool:
+    """Whether the model casts what its output head is given to the dtype of the head's weight, as Mamba does."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(model).forward))
+    except (OSError, TypeError):
+        return False
+    return head is not None and f"{head.rpartition('.')[2]}.weight.dtype" in source
 
 
 def _outside_text(model: Any) -> set[str]:

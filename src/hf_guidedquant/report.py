@@ -94,9 +94,8 @@ class Report:
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``guidedquant_report.json`` into ``folder``."""
-        with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=1)
-            file.write("\n")
+        text = json.dumps(self.to_dict(), indent=1, default=_plain)
+        Path(folder, REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
     def table(self) -> str:
         """The summary: a line per kind of layer (same last name, shape, bits), then the totals."""
@@ -129,6 +128,14 @@ class Report:
             lines.append(f"distilled: {self.distillation.describe()}")
         lines.append("time: " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in self.seconds.items()))
         return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """What somebody has measured, as JSON can hold it: the number in an array or a tensor, or else its text."""
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return str(value)
 
 
 def load_report(folder: str | os.PathLike) -> Report:

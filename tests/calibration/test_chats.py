@@ -41,6 +41,7 @@ CHATS = {
     "system prompt": [SYSTEM, USER, ASSISTANT],
     "several turns": [SYSTEM, USER, ASSISTANT, {**USER, "content": ""}, {**ASSISTANT, "content": "Yes"}, USER],
     "assistant twice": [USER, ASSISTANT, ASSISTANT],
+    "assistant first": [ASSISTANT, USER, ASSISTANT],
     "no assistant": [SYSTEM, USER],
 }
 

@@ -113,6 +113,10 @@ def test_of_json_lines_no_more_is_read_than_it_takes(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n{"text": 5}', "record 2: 'text' is 5; the data are texts"),
         ("x.jsonl", b'{"messages": []}\n{"messages": null}', "record 2: 'messages' is None; the data are chats"),
         ("x.jsonl", b'{"text": "a"}\n{"messages": []}', "record 2 has no 'text' as others have; it has messages"),
+        ("x.jsonl", b'{"input_ids": [3.7, 4.2]}', "must be lists of token ids"),
+        ("x.jsonl", b'{"input_ids": [1, "a"]}', "must be lists of token ids"),
+        ("x.jsonl", b'{"messages": "hello"}', "must be lists of messages"),
+        ("X.JSONL", b"5", "holds 5, which is no text"),
         ("x.jsonl", b"", "has the columns"),
     ],
 )

@@ -1,5 +1,6 @@
 """Chats as the tokenizer's chat template writes them, and which of their tokens are the assistant's."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,6 +71,12 @@ def _by_template(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
     return torch.tensor(found["input_ids"], dtype=torch.int64), said
 
 
+def _opening(tokenizer: Any, message: Mapping[str, Any]) -> str:
+    """What stands before a chat's first message: templates are not made for chats of no messages."""
+    texts = [chat_text(tokenizer, [{**message, "content": said}]) for said in ("a", "b")]
+    return os.path.commonprefix(texts)  # noqa: RUF071  Of characters, as wanted.
+
+
 def _by_prefixes(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
     text = chat_text(tokenizer, chat)
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
@@ -77,8 +84,7 @@ def _by_prefixes(tokenizer: Any, chat: Chat) -> tuple[Tensor, Tensor]:
     said = torch.zeros_like(starts, dtype=torch.bool)
     for index, message in enumerate(chat):
         if message.get("role") == "assistant":
-            # Templates are not made for chats of no messages.
-            before = chat_text(tokenizer, chat[:index], prompt=True) if index else ""
+            before = chat_text(tokenizer, chat[:index], prompt=True) if index else _opening(tokenizer, message)
             after = chat_text(tokenizer, chat[: index + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise CalibrationError(

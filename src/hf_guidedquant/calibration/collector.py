@@ -131,7 +131,8 @@ def token_weights(grad: Tensor, num_groups: int) -> Tensor:
 
 def _norms(grad: Tensor) -> Tensor:
     """Root mean square over the last dimension."""
-    return torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32) / math.sqrt(grad.shape[-1])
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    return torch.linalg.vector_norm(grad, dim=-1, dtype=dtype).float() / math.sqrt(grad.shape[-1])
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def classify(dataset: Any) -> tuple[str, Any]:
     if isinstance(dataset, str | os.PathLike):
         if os.path.isfile(dataset):
             name = os.fspath(dataset)
-            if name.endswith(JSON_SUFFIXES):
+            if name.lower().endswith(JSON_SUFFIXES):
                 return classify_columns(JsonRecords(name), called=name)
             return "text file", [read_text(name)]
         raise CalibrationError(f"dataset={os.fspath(dataset)!r} is no known name and no file; it must be {_KINDS}.")
@@ -101,16 +101,16 @@ def classify_columns(dataset: Any, column: str | None = None, called: str | None
             )
         kind = _COLUMNS[column]
     elif column in columns:
-        first = next((row[column] for row in dataset), "")
+        first = next((value for row in dataset if (value := row.get(column))), "")
         ids = isinstance(first, list) and all(isinstance(entry, int) for entry in first)
         kind = "token rows" if ids else _classify_items([first])[0]
     else:
         raise CalibrationError(f"{subject} has no column {column!r}; it has {', '.join(columns)}.")
     values = _values(dataset, column, kind, subject)
     if kind == "token rows":
-        values = (torch.as_tensor(ids, dtype=torch.int64) for ids in values)
+        values = (_token_ids(value, f"{subject}: {column!r}") for value in values)
     elif kind == "chats":
-        values = map(_messages, values)
+        values = (_checked_chat(value, f"{subject}: {column!r}") for value in values)
     return kind, list(values) if isinstance(dataset, Sized) else values
 
 
@@ -124,6 +124,23 @@ def _values(dataset: Any, column: str, kind: str, subject: str) -> Iterator[Any]
         if (value is None and kind != "texts") or (kind == "texts" and not isinstance(value, str | None)):
             raise CalibrationError(f"{subject}, record {number}: {column!r} is {value!r:.50}; the data are {kind}.")
         yield value
+
+
+def _token_ids(value: Any, where: str) -> Tensor:
+    try:
+        ids = torch.as_tensor(value)
+        if not value or (ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool):
+            return ids.to(torch.int64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise CalibrationError(f"{where} must be lists of token ids, and one is {value!r:.50}.")
+
+
+def _checked_chat(value: Any, where: str) -> Any:
+    chat = _messages(value)
+    if isinstance(chat, list | tuple) and all(isinstance(message, Mapping) for message in chat):
+        return chat
+    raise CalibrationError(f"{where} must be lists of messages with role and content, and one is {value!r:.50}.")
 
 
 def _classify_items(items: list[Any]) -> tuple[str, Any]:

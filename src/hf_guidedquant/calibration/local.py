@@ -19,7 +19,7 @@ def read_text(file: str | os.PathLike, error: type[Exception] = CalibrationError
         CalibrationError: It is no text in UTF-8, or cannot be read; or what else is given as ``error``.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as problem:
         raise error(
             f"{os.fspath(file)} is no text in UTF-8: {problem.reason} at byte {problem.start:,}. If it is text in "
@@ -49,7 +49,7 @@ class JsonRecords:
         Raises:
             CalibrationError: The file is no JSON; the message says where.
         """
-        for value in self._list() if self._file.suffix == _JSON else self._lines():
+        for value in self._list() if self._file.suffix.lower() == _JSON else self._lines():
             columns: dict[type, str] = {str: "text", list: "messages"}
             record = {columns[type(value)]: value} if type(value) in columns else value
             if not isinstance(record, dict):

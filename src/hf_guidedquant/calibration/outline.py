@@ -25,6 +25,9 @@ from .collector import end_loss, gradients_of_activations_only
 
 logger = logging.getLogger(__name__)
 
+# Of a row that only shows where gradients lead.
+_FEW_TOKENS = 16
+
 
 class Operation(NamedTuple):
     """Floating-point operations of matrix products, and bytes read and written; whether in the backward pass."""
@@ -108,6 +111,8 @@ def outline(
         ModelError: The model gives no logits.
     """
     watch = _Watch(guided, tokens)
+    if not guided and not _runs_apart(model, min(tokens, _FEW_TOKENS), place):
+        watch.apart = False
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if guided:
@@ -139,6 +144,14 @@ def outline(
         except Exception as error:  # noqa: BLE001  Any model's code runs here.
             logger.warning("What %s takes of memory cannot be foretold: %s", type(model).__name__, error)
             return Outline()
+
+
+def _runs_apart(model: PreTrainedModel, tokens: int, place: Callable[[torch.device], torch.device]) -> bool:
+    """Whether nothing but hidden states leads from block to block, which only gradients tell."""
+    try:
+        return bool(outline(model, tokens, True, place).blocks)
+    except GuidedQuantError:  # A model without logits has no gradients to follow.
+        return True
 
 
 @contextmanager
@@ -248,7 +261,7 @@ class _Watch:
         self._after = 0
         # Operations that were done when the last block ended, and when its gradient came.
         self._behind, self._back = 0, 0
-        self._apart = True  # nothing but hidden states leads from block to block
+        self.apart = True  # nothing but hidden states leads from block to block
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -285,7 +298,7 @@ class _Watch:
             others = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not states]
             again = any(block.name == name for block in self._blocks)
             if again or not isinstance(states, Tensor) or any(tensor.requires_grad for tensor in others):
-                self._apart = False
+                self.apart = False
             self._blocks.append(_Block(name, getattr(states, "nbytes", 0), self.memory.now, self.memory.peak()))
 
         return starts
@@ -297,7 +310,7 @@ class _Watch:
         states = output[0] if isinstance(output, tuple) else output
         block.output = len(output) if isinstance(output, tuple) else None
         if not isinstance(states, Tensor):
-            self._apart = False
+            self.apart = False
         elif self._guided:
             # A gradient at the border: the backward pass of what lies behind is over.
             states.register_hook(lambda grad: self._comes_back(number))
@@ -319,7 +332,7 @@ class _Watch:
             blocks[0].backward = rest
         else:
             self._after = rest
-        if not self._apart:
+        if not self.apart:
             highest = max(rest, self._after, *(max(b.before, b.forward, b.backward) for b in blocks))
             return Outline(tokens=self._tokens, reads=self._reads_of, after=highest, work=tuple(self.memory.work))
         ends = [block.start for block in blocks[1:]] + [blocks[-1].end]

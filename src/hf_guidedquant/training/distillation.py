@@ -167,6 +167,8 @@ def distill(
                 if keep is not None:
                     layers = _kept(codebooks, best, steps)
                     keep(DistilledEpochs(tuple(trained), tuple(found), best_epoch, layers))
+        if problem := steps.left_out():
+            logger.warning("Distilling: %s.", problem)
         for codebook, values in zip(parameters, best, strict=True):
             workers.hand_over(values, 0)
             codebook.data.copy_(values)

@@ -212,6 +212,8 @@ class _Block:
                     steps.step(rate((done + tokens / 2) / total))
                     done += tokens
                     report(tokens)
+        if problem := steps.left_out():
+            logger.warning("Reconstructing a block: %s.", problem)
 
     @torch.no_grad()
     def _error(self, which: Sequence[int]) -> float:

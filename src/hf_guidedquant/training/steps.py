@@ -51,6 +51,7 @@ class Steps:
         self._rates = rates
         self._rate, self._items = (torch.zeros((), device=self._device) for _ in range(2))
         self._total = torch.zeros((), device=self._device, dtype=torch.float64)
+        self._taken, self._left_out = 0, torch.zeros((), device=self._device)
         self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
@@ -76,10 +77,16 @@ class Steps:
         """
         self._rate.fill_(rate)
         self._items.fill_(items)
+        self._taken += 1
         if self._stepping is None:
             self._step()
         else:
             self._stepping(self._step)
+
+    def left_out(self) -> str:
+        """How many steps were not taken because of gradients that are NaN or infinite; empty if all were."""
+        count = int(self._left_out)
+        return f"{count} of {self._taken} steps were left out, because gradients were NaN or infinite" if count else ""
 
     def total(self) -> float:
         """Sum of the losses since this was last asked."""
@@ -108,6 +115,7 @@ class Steps:
         # The fused step divides gradients by the one and leaves all as it is if the other is 1.
         self._optimizer.grad_scale = self._items * shortened
         self._optimizer.found_inf = 1 - norm.isfinite().float()
+        self._left_out += self._optimizer.found_inf
         torch._foreach_copy_(self._rates, list((self._largest * self._rate).unbind()))
         self._optimizer.step()
         torch._foreach_zero_(self._gradients)

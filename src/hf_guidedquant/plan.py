@@ -167,7 +167,8 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
     owners = _owners(model)
     dense = dict.fromkeys(routers(model), "router") | dict.fromkeys(_outside_text(model), "outside the text model")
     vocabulary = vocabulary_layers(model)
-    reads_dtype = _reads_dtype(model, vocabulary[1])
+    why_not = "unsupported: the model casts activations to its dtype, which codes do not have"
+    casts = {vocabulary[1]: why_not} if _reads_dtype(model, vocabulary[1]) else {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.dim() < 2:
@@ -176,7 +177,8 @@ def plan_layers(model: nn.Module, config: GuidedQuantConfig) -> Plan:
             tied = name in vocabulary and set(owners[id(parameter)]) >= set(vocabulary)
             reasons = [
                 dense.get(one)
-                or _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary, reads_dtype)
+                or _skip_reason(one, model.get_submodule(one), parameter, owners, config, vocabulary)
+                or casts.get(one)
                 for one in dict.fromkeys((name, *(vocabulary if tied else ())))
             ]
             reason = next((reason for reason in reasons if reason is not None), None)
@@ -279,7 +281,6 @@ def _skip_reason(
     owners: dict[int, list[str]],
     config: GuidedQuantConfig,
     vocabulary: tuple[str | None, str | None],
-    reads_dtype: bool,
 ) -> str | None:
     if name == vocabulary[1] and config.embedding_bits is None:
         return "output head"
@@ -287,8 +288,6 @@ def _skip_reason(
         return "embedding"
     if any(matches(name, pattern) for pattern in config.modules_to_not_convert or ()):
         return "modules_to_not_convert"
-    if name == vocabulary[1] and reads_dtype:
-        return "unsupported: the model casts activations to its dtype, which codes do not have"
     if name == vocabulary[0] and not scaled_rows(module):
         return f"unsupported: {type(module).__name__} does more than to look up rows and to scale them"
     if name != vocabulary[0] and not is_linear(module):

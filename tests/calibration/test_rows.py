@@ -2,11 +2,12 @@
 
 import json
 
+import numpy
 import pytest
 import torch
 
 from hf_guidedquant.calibration import load_rows
-from hf_guidedquant.calibration.kinds import builtin_text, check_dataset
+from hf_guidedquant.calibration.kinds import builtin_text, check_dataset, classify_columns
 from hf_guidedquant.errors import CalibrationError, TokenizerMissingError
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -124,6 +125,23 @@ def test_files_that_are_no_data_say_where_and_why(tmp_path, name, content, probl
     (tmp_path / name).write_bytes(content)
     with pytest.raises(CalibrationError, match=problem):
         load(str(tmp_path / name), ByteTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("input_ids", torch.tensor), ("input_ids", numpy.array), ("input_ids", list), ("other", torch.tensor)],
+)
+def test_token_ids_of_a_dataset_may_be_arrays(made, name):
+    """As `with_format` of a datasets.Dataset gives them, which truth cannot be asked of."""
+
+    class Rows(list):
+        column_names = (name,)
+
+    asked = None if name == "input_ids" else name
+    kind, rows = classify_columns(Rows({name: made(ids)} for ids in ([1, 2, 3], [4, 5])), asked)
+    assert kind == "token rows"
+    assert [row.tolist() for row in rows] == [[1, 2, 3], [4, 5]]
+    assert all(row.dtype == torch.int64 for row in rows)
 
 
 def test_token_rows_are_used_as_they_are():

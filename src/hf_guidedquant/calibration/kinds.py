@@ -101,7 +101,7 @@ def classify_columns(dataset: Any, column: str | None = None, called: str | None
             )
         kind = _COLUMNS[column]
     elif column in columns:
-        first = next((value for row in dataset if (value := row.get(column))), "")
+        first = next((row[column] for row in dataset if column in row and not _is_empty(row[column])), "")
         ids = isinstance(first, list) and all(isinstance(entry, int) for entry in first)
         kind = "token rows" if ids else _classify_items([first])[0]
     else:
@@ -126,10 +126,18 @@ def _values(dataset: Any, column: str, kind: str, subject: str) -> Iterator[Any]
         yield value
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether it tells nothing of its kind. Arrays have no truth to ask for."""
+    return value is None or (isinstance(value, str | list | tuple) and not value)
+
+
 def _token_ids(value: Any, where: str) -> Tensor:
+    """Lists, arrays and tensors of integers, one row each."""
     try:
         ids = torch.as_tensor(value)
-        if not value or (ids.dim() == 1 and not ids.is_floating_point() and ids.dtype != torch.bool):
+        is_integer = not ids.is_floating_point() and not ids.is_complex() and ids.dtype != torch.bool
+        # Of an empty list torch makes floats.
+        if ids.dim() == 1 and (is_integer or not len(ids)):
             return ids.to(torch.int64)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass

@@ -111,7 +111,8 @@ def outline(
         ModelError: The model gives no logits.
     """
     watch = _Watch(guided, tokens)
-    if not guided and not _runs_apart(model, min(tokens, _FEW_TOKENS), place):
+    # A single token is asked for only to see which layers are called.
+    if not guided and tokens > 1 and not _runs_apart(model, min(tokens, _FEW_TOKENS), place):
         watch.apart = False
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))

@@ -48,6 +48,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "sweep + LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
     "sweep + LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
     "sweep + LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
+    "fast": {"preset": "fast", "num_samples": 32},
     "best": {"preset": "best"},
     "curvature + best": {"preset": "best", "output_curvature": True},
 }
@@ -113,14 +114,13 @@ def cell(
         bits=width(bits),
         dataset=options.calibration,
         tokenizer=tokenizer,
-        num_samples=options.num_samples,
         seq_len=options.seq_len,
         num_groups=options.num_groups,
         seed=seed,
         cache_dequantized=True,
-        **LADDER[method],
+        **{"num_samples": options.num_samples, **LADDER[method]},
     )
-    config.statistics = folder / f"{config.guided}-{seed}"
+    config.statistics = folder / f"{config.guided}-{config.num_samples}-{seed}"
     start = time.perf_counter()
     model: Any = hf_guidedquant.quantize(copy.deepcopy(dense), config)
     seconds = time.perf_counter() - start

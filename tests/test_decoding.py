@@ -28,7 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, replay
-from hf_guidedquant.decoding import GraphedDecode, attention, capture
+from hf_guidedquant.decoding import GraphedDecode, attention, capture, prompt
+from hf_guidedquant.decoding.step import DecodeStep
 from hf_guidedquant.errors import DecodingError, NonFiniteScoresError
 from hf_guidedquant.triton_kernels import decode_attention
 
@@ -114,6 +115,27 @@ class FakeReplay:
 
     def reset(self):
         self.resets += 1
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """Lets a step read short prompts as on a GPU, without a graph. Collects their padded lengths."""
+    columns, read_once = [], prompt._Pass.run
+
+    def counted(self, *args):
+        columns.append(len(self._columns))
+        return read_once(self, *args)
+
+    monkeypatch.setattr(prompt._Pass, "run", counted)
+    monkeypatch.setattr(prompt, "Replay", lambda *args: FakeReplay())
+    initialize = DecodeStep.__init__
+
+    def with_prompts(self, cache, cache_length, settings):
+        initialize(self, cache, cache_length, settings)
+        self._prompts = prompt.PromptReader(cache, cache_length, settings.device)
+
+    monkeypatch.setattr(DecodeStep, "__init__", with_prompts)
+    return columns
 
 
 class After(StoppingCriteria):
@@ -418,6 +440,92 @@ def test_buffers_stay_where_they_are(model, graphed):
     assert step_of(graphed, model) is step
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_short_prompts_are_padded_and_answered_as_ever(architecture, graphed, prompts):
+    model = prepared(architecture)
+    # The first makes the cache. Longer than Gemma's window, shorter, and what padding of a longer one has filled.
+    for length in (9, 40, 30, 17, 16, 3, 1, 50):
+        ids = torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length))
+        plain, ours = both(model, graphed, inputs=ids)
+        assert torch.equal(plain, ours)
+    assert prompts == [64, 32, 32, 16, 16, 16, 64]
+    for seed in range(3):
+        plain, ours = both(model, graphed, **padded_batch(seed=seed), max_new_tokens=30)
+        assert torch.equal(plain, ours)
+    assert prompts[7:] == [16, 16]
+
+
+def test_samples_and_processors_see_the_prompt_without_padding(model, graphed, prompts, same_draws):
+    settings = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "min_new_tokens": 3, "eos_token_id": 5}
+    for seed in range(3):
+        plain, ours = both(model, graphed, **padded_batch(seed=seed), **settings, do_sample=True, max_new_tokens=20)
+        assert torch.equal(plain, ours)
+    assert prompts == [16, 16]
+
+
+def test_scores_of_one_column_from_a_model_that_gives_those_of_all(model, graphed, prompts, monkeypatch):
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def of_all_columns(self, *args, logits_to_keep=0, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", of_all_columns)
+    for length in (5, 5, 8):
+        plain, ours = both(model, graphed, inputs=PROMPT[:, :length])
+        assert torch.equal(plain, ours)
+    assert prompts == [16, 16]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"inputs": torch.arange(2, 260)[None] % VOCABULARY},
+        {"inputs": PROMPT.repeat(20, 1)},
+        {"inputs": PROMPT, "prefill_chunk_size": 4},
+        {"input_ids": PROMPT, "attention_mask": torch.ones_like(PROMPT), "token_type_ids": torch.zeros_like(PROMPT)},
+        {"inputs_embeds": True},
+    ],
+)
+def test_other_prompts_are_read_without_padding(kwargs, graphed, prompts):
+    model = prepared("gpt2" if "token_type_ids" in kwargs else "llama")
+    if "inputs_embeds" in kwargs:
+        kwargs = {"inputs_embeds": model.get_input_embeddings()(PROMPT)}
+    for _ in range(3):
+        plain, ours = both(model, graphed, **kwargs)
+        assert torch.equal(plain, ours)
+    assert not prompts
+
+
+def test_hooks_hear_of_prompts(model, graphed, prompts):
+    for _ in range(2):
+        both(model, graphed, inputs=PROMPT)
+    assert prompts == [16]
+    heard = []
+    hook = model.model.norm.register_forward_hook(lambda module, args, output: heard.append(output.shape[1]))
+    for _ in range(2):
+        model.generate(PROMPT, max_new_tokens=2, custom_generate=graphed)
+    assert heard.count(8) == 2
+    assert prompts == [16]
+    hook.remove()
+    both(model, graphed, inputs=PROMPT)
+    assert prompts == [16, 16]
+
+
+def test_graphs_of_prompts_are_dropped_with_what_they_rest_on(model, graphed, prompts):
+    for length in (8, 8, 20):
+        both(model, graphed, inputs=PROMPT[:, :1].repeat(1, length))
+    reader = step_of(graphed, model)._prompts
+    before = dict(reader._passes)
+    assert list(before) == [16, 32]
+    both(model, graphed, inputs=PROMPT)
+    assert reader._passes[16] is before[16]
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 2)
+    both(model, graphed, inputs=PROMPT)
+    assert list(reader._passes) == [16]
+    assert reader._passes[16] is not before[16]
+
+
 def test_few_steps_are_kept_and_can_be_released(model, graphed):
     for batch_size in range(1, 7):
         model.generate(PROMPT.repeat(batch_size, 1), max_new_tokens=2, custom_generate=graphed)
@@ -673,9 +781,31 @@ class TestOnCuda:
         for length, new in ((8, 20), (3, 40), (8, 1), (6, 2), (5, 30)):
             plain, ours = both(model, graphed, inputs=PROMPT[:, :length].cuda(), max_new_tokens=new)
             assert torch.equal(plain, ours)
-        assert len(captures) == 1
-        both(model, graphed, inputs=PROMPT.repeat(2, 1).cuda(), max_new_tokens=20)
+        # The step's, and that of the prompts: the first made the cache, the next two were run to watch them.
         assert len(captures) == 2
+        both(model, graphed, inputs=PROMPT.repeat(2, 1).cuda(), max_new_tokens=20)
+        assert len(captures) == 3
+
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_short_prompts_are_captured(self, architecture, graphed, captures, monkeypatch):
+        model, runs, run_once = prepared(architecture).cuda(), [], prompt._Pass._forward
+        monkeypatch.setattr(prompt._Pass, "_forward", lambda self, model: runs.append(run_once(self, model)))
+        for length in (12, 11, 10, 16, 9, 13, 30, 20, 31, 18, 5):
+            ids = torch.randint(2, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length)).cuda()
+            plain, ours = both(model, graphed, inputs=ids, max_new_tokens=20)
+            assert torch.equal(plain, ours)
+        # Three of either length, the last of them as it was captured.
+        assert len(runs) == 6
+        assert len(captures) == 3
+        for seed in range(5):
+            plain, ours = both(model, graphed, **self.cuda(padded_batch(seed=seed)), max_new_tokens=20)
+            assert torch.equal(plain, ours)
+        assert len(captures) == 5
+        with torch.no_grad():
+            model.get_output_embeddings().weight.neg_()
+        plain, ours = both(model, graphed, **self.cuda(padded_batch(seed=7)), max_new_tokens=20)
+        assert torch.equal(plain, ours)
+        assert len(captures) == 5
 
     def test_rows_end_at_stop_tokens(self, graphed, captures):
         model, inputs = prepared().cuda(), self.cuda(padded_batch())

@@ -1,6 +1,7 @@
 """Compile a step, and notice when a captured graph of it is out of date."""
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 # More variants of one function than torch keeps: adapters, say, that are switched on one after the other.
 _TOO_MANY: Any = getattr(exc, "FailOnRecompileLimitHit", ())
-_PLAIN = (bool, int, float, str)
-_TENSORS = (Tensor, nn.Parameter)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+_TENSORS = frozenset({Tensor, nn.Parameter})
 
 
 class Compiled:
@@ -50,25 +51,41 @@ class Compiled:
 
 def model_facts(model: nn.Module) -> Hashable:
     """What a captured graph takes for granted: where the tensors of a model are, and the settings of its modules."""
-    return tuple(
-        (name, facts(value))
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if not (isinstance(value, dict) and not value) and name != "_modules"
-    )
+    found: list[Hashable] = []
+    # Shared by many modules, and slow to ask.
+    configs: dict[int, Hashable] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            kind = type(value)
+            if kind is dict or kind is OrderedDict:
+                # Most are hooks that nobody has registered.
+                if value and name != "_modules":
+                    found.append((name, facts(value)))
+            elif kind in _PLAIN:
+                found.append((name, value))
+            elif isinstance(value, PreTrainedConfig):
+                if id(value) not in configs:
+                    configs[id(value)] = facts(value)
+                found.append((name, configs[id(value)]))
+            else:
+                found.append((name, facts(value)))
+    return tuple(found)
 
 
 def facts(value: Any, tensor: Callable[[Tensor], Hashable] = Tensor.data_ptr) -> Hashable:
     """The tensors and plain values inside ``value``, as something that can be compared."""
     # First what nearly all are: every call of generate asks for thousands.
-    if type(value) in _TENSORS:
+    kind = type(value)
+    if kind in _TENSORS:
         return tensor(value)
-    if value is None or isinstance(value, _PLAIN):
+    if kind in _PLAIN:
         return value
     if isinstance(value, dict):
-        return tuple((str(key), facts(item, tensor)) for key, item in value.items())
+        return tuple([(key if type(key) is str else str(key), facts(item, tensor)) for key, item in value.items()])
     if isinstance(value, list | tuple):
-        return tuple(facts(item, tensor) for item in value)
+        return tuple([facts(item, tensor) for item in value])
+    if isinstance(value, str | int | float):
+        return value
     if isinstance(value, PreTrainedConfig):
         return getattr(value, "_attn_implementation", None), getattr(value, "_experts_implementation", None)
     if not isinstance(value, Tensor):

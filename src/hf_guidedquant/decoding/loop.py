@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import DecodingError
 from .cache import share_column, static_cache
@@ -42,6 +43,7 @@ class GraphedDecode:
     Greedy search and sampling as in plain ``generate``, for decoder-only models. On CUDA the whole step (forward pass,
     logits processors, draw, stop tokens) is captured once and replayed for every token. Later calls of the same
     batch size and sampling settings, and of a similar length, reuse it; the first one compiles, which takes a while.
+    Short prompts are captured too, once prompts of about that length have come up three times.
 
     Greedy tokens are those of plain ``generate`` up to rounding. Samples come from the same distribution and repeat
     under ``torch.manual_seed``, but are not the ones that plain ``generate`` draws under that seed.
@@ -180,10 +182,8 @@ def _start(
 ) -> None:
     """Read the prompt, choose the first token, and set the step's inputs for the second."""
     device = step.output.device
-    share_column(step.cache, None)
-    step.cache.reset()
     model_kwargs = model_kwargs | {"past_key_values": step.cache}
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    outputs = _read(model, step, input_ids, generation_config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     # The token itself is not known yet: a zero holds its place.
     inputs = model.prepare_inputs_for_generation(
@@ -198,7 +198,23 @@ def _start(
         # Anything of another length may be meant to grow.
         if isinstance(value, Tensor) and name not in ("attention_mask", "position_ids") and value.shape[1:2] != (1,):
             raise DecodingError(f"a model input like {name} {tuple(value.shape)}, which one token does not have")
-    step.start(model, outputs.logits[:, -1], inputs, input_ids.to(device), processors, stops.ids, stops.pad_id)
+    step.start(outputs.logits[:, -1], inputs, input_ids.to(device), processors, stops.ids, stops.pad_id)
+
+
+def _read(
+    model: Any, step: DecodeStep, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> CausalLMOutputWithPast:
+    """The forward pass over the prompt, into the step's cache."""
+    if generation_config.prefill_chunk_size is None:
+        logits = step.read(model, input_ids, model_kwargs)
+        if logits is not None:
+            return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=step.cache)
+    share_column(step.cache, None)
+    step.cache.reset()
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    # Afterwards, for what runs for the first time may change the model.
+    step.refresh(model)
+    return outputs
 
 
 def _decode(model: Any, step: DecodeStep, input_ids: Tensor, stops: _Stops, streamer: Any) -> Tensor:

@@ -14,6 +14,7 @@ from .attention import attention_for_decoding
 from .cache import share_column
 from .capture import Compiled, facts, model_facts
 from .processors import ScoresOnly, captured, token_mask
+from .prompt import PromptReader
 
 _ARGMAX_WIDTH = 128
 
@@ -73,11 +74,46 @@ class DecodeStep:
         self._report = torch.zeros(batch_size + 2, dtype=torch.int64, device=device)
         self._forward: Callable[..., Tensor] = Compiled(_scores) if settings.compile else _scores
         self._replay = Replay(device, "The decode step") if settings.capture else None
-        self._facts: Hashable = None
+        self._prompts = PromptReader(cache, cache_length, device) if settings.capture else None
+        self._layout: Hashable = None
+        self._model_facts: Hashable = None
+        self._hooked = False
+
+    def refresh(self, model: nn.Module) -> None:
+        """Drop the graphs if the model is not what it was: weights replaced, hooks added, settings changed."""
+        current = model_facts(model)
+        if self._model_facts == current:
+            return
+        self._model_facts = current
+        self._hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        if self._replay is not None:
+            self._replay.reset()
+        if self._prompts is not None:
+            self._prompts.reset()
+
+    def read(self, model: nn.Module, input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor | None:
+        """Fill the cache with a short prompt ``[batch, length]``.
+
+        Returns:
+            Scores of the first token, ``[batch, vocabulary]``, or None and nothing done if it is not one to capture.
+        """
+        if self._prompts is None or input_ids.device != self.output.device:
+            return None
+        inputs = self._prompts.inputs(model, input_ids, model_kwargs)
+        if inputs is None:
+            return None
+        self.refresh(model)
+        if self._hooked:
+            # Whoever listens wants to hear of the prompt.
+            return None
+        logits, replayed = self._prompts.read(model, inputs)
+        if not replayed:
+            self.refresh(model)
+        share_column(self.cache, self._column.fill_(input_ids.shape[1]))
+        return logits
 
     def start(
         self,
-        model: nn.Module,
         logits: Tensor,
         inputs: dict[str, Any],
         prompt: Tensor,
@@ -88,8 +124,7 @@ class DecodeStep:
         """Choose the first token, and set the buffers for the second.
 
         Args:
-            model: The model, whose cache holds the prompt.
-            logits: What it says of the first token, ``[batch, vocabulary]``.
+            logits: What the model, whose cache holds the prompt, says of the first token, ``[batch, vocabulary]``.
             inputs: Its inputs for the second token, but for the token itself. ``attention_mask`` is
                 ``[batch, prompt + 1]``.
             prompt: Token ids ``[batch, length]``.
@@ -100,12 +135,10 @@ class DecodeStep:
         mask = inputs["attention_mask"]
         self._column.fill_(mask.shape[1] - 1)
         inputs = inputs | {"attention_mask": nn.functional.pad(mask, (0, self.output.shape[1] - mask.shape[1]))}
-        layout = facts(inputs, lambda tensor: (tensor.shape, tensor.dtype))
-        # The weights may have been replaced since the last call, or the vocabulary resized.
-        current = (layout, logits.shape, model_facts(model))
-        if self._facts != current:
+        layout = (facts(inputs, lambda tensor: (tensor.shape, tensor.dtype)), logits.shape)
+        if self._layout != layout:
             self._allocate(logits, inputs, processors)
-            self._facts = current
+            self._layout = layout
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 self._inputs[name].copy_(value)

@@ -203,7 +203,7 @@ def _start(
 
 def _read(
     model: Any, step: DecodeStep, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> CausalLMOutputWithPast:
+) -> Any:
     """The forward pass over the prompt, into the step's cache."""
     if generation_config.prefill_chunk_size is None:
         logits = step.read(model, input_ids, model_kwargs)

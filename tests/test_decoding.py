@@ -5,6 +5,7 @@ import functools
 import gc
 import logging
 import pickle
+import traceback
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import peft
 import pytest
 import torch
 from conftest import VOCABULARY, tiny_model, token_rows
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     FalconConfig,
@@ -29,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, replay
 from hf_guidedquant.decoding import GraphedDecode, attention, capture, prompt
+from hf_guidedquant.decoding.cache import share_column
 from hf_guidedquant.decoding.step import DecodeStep
 from hf_guidedquant.errors import DecodingError, NonFiniteScoresError
 from hf_guidedquant.triton_kernels import decode_attention
@@ -105,6 +108,8 @@ class Recorder(BaseStreamer):
 
 class FakeReplay:
     """Stands in for :class:`replay.Replay` without a GPU."""
+
+    capturable = True
 
     def __init__(self):
         self.runs = self.resets = 0
@@ -455,6 +460,36 @@ def test_short_prompts_are_padded_and_answered_as_ever(architecture, graphed, pr
     assert prompts[7:] == [16, 16]
 
 
+class Waits(TorchDispatchMode):
+    """Notices where values are asked for, for which the host would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.places.append("".join(traceback.format_stack(limit=6)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_to_read_a_short_prompt_the_host_never_waits(implementation, architecture, graphed, prompts, attended):
+    model = prepared(architecture)
+    model.set_attn_implementation(implementation)
+    for seed in range(2):
+        model.generate(**padded_batch(seed=seed), max_new_tokens=2, custom_generate=graphed)
+    (reading,) = step_of(graphed, model)._prompts._passes.values()
+    share_column(reading._cache, reading._columns)
+    with torch.no_grad(), Waits() as waits:
+        reading._forward(model)
+    assert not waits.places
+    with Waits() as waits:
+        assert torch.ones(1).all()
+    assert waits.places
+
+
 def test_samples_and_processors_see_the_prompt_without_padding(model, graphed, prompts, same_draws):
     settings = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 0, "min_new_tokens": 3, "eos_token_id": 5}
     for seed in range(3):
@@ -495,6 +530,16 @@ def test_other_prompts_are_read_without_padding(kwargs, graphed, prompts):
         plain, ours = both(model, graphed, **kwargs)
         assert torch.equal(plain, ours)
     assert not prompts
+
+
+def test_prompts_that_make_the_host_wait_are_read_as_ever_from_then_on(model, graphed, prompts):
+    for _ in range(3):
+        both(model, graphed, inputs=PROMPT)
+    step_of(graphed, model)._prompts._passes[16]._replay.capturable = False
+    for length in (8, 20):
+        plain, ours = both(model, graphed, inputs=PROMPT[:, :1].repeat(1, length))
+        assert torch.equal(plain, ours)
+    assert prompts == [16, 16]
 
 
 def test_hooks_hear_of_prompts(model, graphed, prompts):

@@ -30,6 +30,9 @@ class Replay:
     Args:
         device: A GPU.
         title: What runs, for the log.
+
+    Attributes:
+        capturable: False once the function has turned out to make the host wait.
     """
 
     def __init__(self, device: torch.device, title: str) -> None:
@@ -40,10 +43,10 @@ class Replay:
         """Drop the graph."""
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
-        self._capturable = True
+        self.capturable = True
 
     def __call__(self, function: Callable[[], None]) -> None:
-        if not self._capturable:
+        if not self.capturable:
             function()
         elif self._graph is None and self._runs < _WARM_UP:
             self._warm_up(function)
@@ -66,7 +69,7 @@ class Replay:
         self._runs += 1
         if waits:
             logger.warning("%s runs without a CUDA graph, because it makes the host wait: %s", self._title, waits)
-            self._capturable = False
+            self.capturable = False
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -57,13 +57,21 @@ def _suits(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     return query.shape[2] == 1 and query.dtype in _DTYPES and narrow and plain_mask
 
 
+def decode_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Transformers' mask for ``sdpa``, never left out: to look whether it could be, the host must wait."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
 AttentionInterface.register(NAME, decode_attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, decode_mask)
 
 
 @contextmanager
 def attention_for_decoding(model: nn.Module) -> Iterator[None]:
-    """Let the layers that use ``sdpa`` use :func:`decode_attention_forward` meanwhile, if there is a kernel for it."""
+    """Let the layers that use ``sdpa`` use :func:`decode_attention_forward` meanwhile, if there is a kernel for it.
+
+    Masks are made by :func:`decode_mask` then.
+    """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     configs = _configs_with_sdpa(model) if _has_kernel(device) else []
     # Not the property: it would set the configs inside as well, whatever they use.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from ..replay import Replay
+from .attention import attention_for_decoding
 from .cache import DecodeLayer, share_column
 from .capture import facts
 
@@ -40,10 +41,12 @@ class PromptReader:
         """
         if input_ids.dim() != 2 or len(input_ids) * (columns := _columns(input_ids.shape[1])) > _MOST_TOKENS:
             return None
+        mask = model_kwargs.get("attention_mask")
+        if columns > self._cache_length or (mask is not None and mask.shape != input_ids.shape):
+            return None
         # The first prompt of all makes the layers' tensors.
         static = all(type(layer) is DecodeLayer and layer.is_initialized for layer in self._cache.layers)
-        mask = model_kwargs.get("attention_mask")
-        if not static or columns > self._cache_length or (mask is not None and mask.shape != input_ids.shape):
+        if not static or not all(reading.capturable for reading in self._passes.values()):
             return None
         # The cache is to seem empty.
         share_column(self._cache, self._start)
@@ -96,6 +99,10 @@ class _Pass:
             self._inputs["logits_to_keep"] = self._last
         self._replay = Replay(ids.device, "Reading a prompt")
 
+    @property
+    def capturable(self) -> bool:
+        return self._replay.capturable
+
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, bool]:
         length = inputs["input_ids"].shape[1]
         for name in _PADDED:
@@ -109,7 +116,8 @@ class _Pass:
     def _forward(self, model: nn.Module) -> None:
         self._ran = True
         self._cache.reset()
-        logits = model(**self._inputs, return_dict=True).logits
+        with attention_for_decoding(model):
+            logits = model(**self._inputs, return_dict=True).logits
         if logits.shape[1] != 1:
             # A model that cannot keep one column's.
             logits = logits.index_select(1, self._last)

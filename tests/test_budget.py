@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_model, token_rows
+from conftest import memory_for, tiny_model, token_rows
 from test_run_folder import saved
 from trained_model import ROW, calibration_rows, held_out_ids, trained_model
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig, budget, solving
+from hf_guidedquant.calibration import Relay
 from hf_guidedquant.nn import quantized_modules
 from hf_guidedquant.training import Divergence, teacher_states
 
@@ -95,6 +96,49 @@ def test_the_same_seed_gives_the_same_bytes_and_a_run_goes_on(tmp_path, monkeypa
     assert saved(hf_guidedquant.quantize(tiny_model(), config(**folders)), tmp_path / "model") == expected
     monkeypatch.setattr(solving, "_solve_batch", lambda *args: pytest.fail("a layer was solved"))
     assert saved(hf_guidedquant.quantize(tiny_model(), config(**folders)), tmp_path / "model") == expected
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The layers of every pass over the rows."""
+    found, collect = [], Relay.collect
+
+    def counted(self, number, statistics):
+        found.append(sorted(statistics))
+        return collect(self, number, statistics)
+
+    monkeypatch.setattr(Relay, "collect", counted)
+    return found
+
+
+def test_one_pass_serves_the_choice_and_the_solver(passes, tmp_path):
+    settings = config(distill={"epochs": 1, "held_back": 0.25})
+    expected = saved(hf_guidedquant.quantize(tiny_model(), settings), tmp_path / "model")
+    assert [len(layers) for layers in passes] == [14]
+    passes.clear()
+    # A block at a time: first for the diagonals, then for the Hessians.
+    settings.max_memory = memory_for(tiny_model(), settings)
+    assert saved(hf_guidedquant.quantize(tiny_model(), settings), tmp_path / "model") == expected
+    assert [len(layers) for layers in passes] == [7, 7, 7, 7]
+
+
+def test_what_a_folder_of_statistics_holds_is_not_gathered(passes, tmp_path):
+    folder = {"statistics": tmp_path / "statistics"}
+    for bits in (2, 2.5, 3.0):
+        expected = saved(hf_guidedquant.quantize(tiny_model(), config(bits=bits)), tmp_path / "model")
+        passes.clear()
+        assert saved(hf_guidedquant.quantize(tiny_model(), config(bits=bits, **folder)), tmp_path / "model") == expected
+        assert len(passes) == (1 if bits == 2 else 0)
+        little = memory_for(tiny_model(), config())
+        divided = hf_guidedquant.quantize(tiny_model(), config(bits=bits, max_memory=little, **folder))
+        assert saved(divided, tmp_path / "model") == expected
+        assert len(passes) == (1 if bits == 2 else 0)
+
+
+def test_layers_whose_method_needs_no_data_get_a_width_too(passes):
+    layers = quantized_modules(hf_guidedquant.quantize(tiny_model(), config(method="kmeans")))
+    assert 2 < mean_bits(layers.values()) <= 2.5
+    assert [len(names) for names in passes] == [14]
 
 
 def test_bits_where_they_pay_are_closer_to_the_original_than_the_same_for_all():

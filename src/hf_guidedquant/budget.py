@@ -2,8 +2,8 @@
 
 A layer's loss at a width is predicted by weighted k-means on the diagonal of its guided Hessian, ``Σ h (ŵ - w)²`` over
 all weights: the second-order change of the end loss but for a common factor, without what coordinate descent gains
-from the rest of the Hessian. It costs a pass over the data for the diagonals, which fit in memory for all layers at
-once, and one k-means per layer and width.
+from the rest of the Hessian. It costs one k-means per layer and width, and where not all Hessians fit in memory at once
+a pass over the data for the diagonals alone.
 """
 
 import logging
@@ -21,6 +21,8 @@ from .calibration import (
     Footprint,
     LayerStatistics,
     Outline,
+    Segment,
+    StatisticsStore,
     divide,
     gather,
     place_for,
@@ -45,22 +47,35 @@ def within_budget(
     layers_plan: Plan,
     calibration: Calibration | None,
     drawn: Outline,
+    store: StatisticsStore | None,
     workers: Workers,
-) -> Plan:
+) -> tuple[Plan, dict[str, LayerStatistics]]:
     """The plan with widths whose mean is at most ``config.bits``, if that is a float; else the plan as it is.
 
     Layers that are multiplied together (q, k, v; gate, up) get the same width. Layers with ``bits`` of their own, from
     ``config.overrides`` or ``config.embedding_bits``, keep them and do not count.
+
+    Returns:
+        The plan; and the statistics of all its layers, if they fit in memory at once, so that there is no need to
+        gather them again. Else nothing.
     """
     if calibration is None or not isinstance(config.bits, float):
-        return layers_plan
+        return layers_plan, {}
     layers, widths = undecided(model, config, layers_plan), widths_near(config.bits)
-    statistics = _diagonals(model, replace(config, statistics=None), diagonal_only(layers), calibration, drawn, workers)
+    # The pass that the solver needs will do, if it is one and sees all of these layers.
+    segments = _segments(model, config, layers_plan.layers, calibration, drawn, workers, told=False)
+    at_once = len(segments) == 1 and all(layer.statistics != "none" for layer in layers)
+    if not at_once:
+        segments = _segments(model, config, diagonal_only(layers), calibration, drawn, workers)
+    relay = relay_for(model, config, drawn, segments, calibration, workers)
+    statistics: dict[str, LayerStatistics] = {}
+    for number in relay.order:
+        statistics |= gather(model, relay, number, segments[number].layers, config, store, workers)
     losses = {}
     for layer in layers:
-        hessian = statistics.pop(layer.name).hessian
-        weight = dense_weight(model.get_submodule(layer.name)).to(hessian.device)
-        losses[layer.name] = {bits: _predicted_loss(weight, hessian, bits, layer, config) for bits in widths}
+        diagonal = (statistics[layer.name] if at_once else statistics.pop(layer.name)).diagonal_sum
+        weight = dense_weight(model.get_submodule(layer.name)).to(diagonal.device)
+        losses[layer.name] = {bits: _predicted_loss(weight, diagonal, bits, layer, config) for bits in widths}
     siblings = list(_siblings(layers))
     items = [
         Item(
@@ -73,7 +88,7 @@ def within_budget(
     bits = {layer.name: width for group, width in zip(siblings, chosen, strict=True) for layer in group}
     counts = sorted(Counter(bits.values()).items())
     logger.info("Bits per layer: %s.", ", ".join(f"{count} x {width}" for width, count in counts))
-    return with_bits(model, layers_plan, bits)
+    return with_bits(model, layers_plan, bits), statistics
 
 
 def undecided(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan) -> list[LayerPlan]:
@@ -93,22 +108,17 @@ def diagonal_only(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     return [replace(layer, method="squeezellm", output_curvature=False) for layer in layers]
 
 
-def _diagonals(
+def _segments(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
     layers: Sequence[LayerPlan],
     calibration: Calibration,
     drawn: Outline,
     workers: Workers,
-) -> dict[str, LayerStatistics]:
-    segments = workers.tell(
-        divide(Footprint(model, layers, drawn, place_for(config)), config, len(calibration.rows)), 0
-    )
-    relay = relay_for(model, config, drawn, segments, calibration, workers)
-    found: dict[str, LayerStatistics] = {}
-    for number in relay.order:
-        found |= gather(model, relay, number, segments[number].layers, config, None, workers)
-    return found
+    told: bool = True,
+) -> list[Segment]:
+    footprint = Footprint(model, layers, drawn, place_for(config))
+    return workers.tell(divide(footprint, config, len(calibration.rows), told=told), 0)
 
 
 def widths_near(mean: float) -> Sequence[int]:

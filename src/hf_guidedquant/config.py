@@ -149,8 +149,8 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             several settings at once, see :data:`PRESETS`. Settings that are given count instead.
         bits: Bits per weight, 1-8. The codebook of an output channel has ``2**bits`` entries. A float, like 2.5 or 3.0,
             is a mean over all weights but those with overrides: layers get the widths that the end loss gains most
-            from, for one more pass over the data. From 2.0 to 4.0 these are 2, 3 and 4, which have fast kernels. Needs
-            ``guided`` and a method other than ``"rtn"``.
+            from. That takes one more pass over the data where not all Hessians fit in memory at once. From 2.0 to 4.0
+            the widths are 2, 3 and 4, which have fast kernels. Needs ``guided`` and a method other than ``"rtn"``.
         embedding_bits: Bits per weight of the input embeddings and the output head, 1-8: 6 lose next to nothing, 4 are
             smaller and faster. ``None`` leaves both as they are. Where the two are tied they stay tied, in one copy
             that is solved for the head. Refused where codebooks of ``2**embedding_bits`` values take more than is

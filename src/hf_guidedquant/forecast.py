@@ -37,8 +37,8 @@ class Forecast(Plan):
         segments: Parts of the model that are calibrated and solved one after the other, for lack of memory for more.
         memory: Device -> the most bytes in use at a time, weights and hidden states that wait on the CPU included; what
             Python and its libraries take is not.
-        seconds: Stage, as in a report, -> time on this machine, reading and writing files left out. ``"data"`` is the
-            choice of widths for a mean number of bits. Empty without a probe.
+        seconds: Stage, as in a report, -> time on this machine, reading and writing files left out. The choice of
+            widths for a mean number of bits is part of ``"calibration"``. Empty without a probe.
     """
 
     segments: int = 1
@@ -158,7 +158,7 @@ class _Run:
             for stage in stages:
                 # The original's last hidden states, from the first stage to the last.
                 stage[_HOST] += self._waiting(self._tokens * hidden * self._model.dtype.itemsize)
-        if self._undecided:
+        if self._apart(segments):
             stages.append(self._calibration(self._undecided)[0])
         found = weights.resident + reduce(or_, stages)
         found[_HOST] += sum(
@@ -172,13 +172,18 @@ class _Run:
         """Time by stage."""
         layers, found, machine = self.decided.layers, {}, cache(Machine)
         calibrated = machine(self._device, self._model.dtype)
+        calibration = 0.0
+        if self.decided.needs_data:
+            calibration = calibration_seconds(calibrated, self._drawn, layers, self._rows, segments)
         if self._undecided:
             widths = widths_near(float(self._config.bits))
-            found["data"] = calibration_seconds(calibrated, self._drawn, self._undecided, self._rows, segments)
             tried = [replace(layer, bits=bits) for layer in self._undecided for bits in widths]
-            found["data"] += solving_seconds(tried, self._config, self._device)
-        if self.decided.needs_data:
-            found["calibration"] = calibration_seconds(calibrated, self._drawn, layers, self._rows, segments)
+            calibration += solving_seconds(tried, self._config, self._device)
+            if self._apart(segments):
+                _, parts = self._calibration(self._undecided)
+                calibration += calibration_seconds(calibrated, self._drawn, self._undecided, self._rows, parts)
+        if calibration:
+            found["calibration"] = calibration
         found["solving"] = solving_seconds(layers, self._config, self._device)
         if self._block_wise:
             trained = machine(self._device, self._products(self._device))
@@ -194,6 +199,12 @@ class _Run:
                 trained, self._trained, trainable, head, self._rows, self._end_to_end
             )
         return found
+
+    def _apart(self, segments: int) -> bool:
+        """Whether widths are chosen by a pass over the data of its own (see :mod:`.budget`)."""
+        undecided = {layer.name for layer in self._undecided}
+        planned = [layer for layer in self.decided.layers if layer.name in undecided]
+        return bool(planned) and (segments > 1 or any(layer.statistics == "none" for layer in planned))
 
     def _calibration(self, layers: Sequence[LayerPlan]) -> tuple[Counter[torch.device], int]:
         """Bytes beside the weights; and the number of segments."""

@@ -22,6 +22,7 @@ from .budget import within_budget
 from .calibration import (
     Calibration,
     Footprint,
+    LayerStatistics,
     Outline,
     Relay,
     Segment,
@@ -97,21 +98,28 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
                 drawn = outline_for(model, config, calibration)
                 run_once = outline(model, 1, False, place_for(config)) if calibration is None else drawn
                 layers_plan = called_only(model, layers_plan, run_once.reads)
-                layers_plan = within_budget(model, config, layers_plan, calibration, drawn, workers)
-                workers.check_agreement(_common(model, config, layers_plan, calibration))
                 if config.reconstruct or config.distill:
                     check_rows(len(calibration.rows) if calibration else 0)
                 if config.reconstruct:
                     check_blocks(model, drawn)
-                work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store)
+            mixed = isinstance(config.bits, float)
+            originals: list[Tensor] = []
+            if mixed:
+                # Before statistics take the memory.
+                originals = _originals(model, config, calibration, seconds)
+                if store is not None:
+                    _begin_statistics(model, config, calibration, layers_plan.layers, store)
+            with _timed("calibration" if mixed else "data", seconds):
+                layers_plan, statistics = within_budget(model, config, layers_plan, calibration, drawn, store, workers)
+                workers.check_agreement(_common(model, config, layers_plan, calibration))
+                at_once = bool(statistics)
+                work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store, at_once)
                 segments, batches_of, finished = workers.tell(work, 0)
                 relay = relay_for(model, config, drawn, segments, calibration, workers)
-            originals: list[Tensor] = []
-            if calibration is not None and config.distill:
-                with _timed("distillation", seconds), _where_work_is_done(model, config):
-                    originals = teacher_states(model, calibration.rows)
+            if not mixed:
+                originals = _originals(model, config, calibration, seconds)
             job = _Job(model, config, workers, run_folder, calibration, drawn, seconds)
-            job.solve(relay, segments, batches_of, finished, store)
+            job.solve(relay, segments, batches_of, finished, store, statistics)
             reconstruction = job.reconstruct(finished, embeddings)
         summary = _summary(model, layers_plan, finished, seconds)
         summary.reconstruction = reconstruction
@@ -148,14 +156,22 @@ class _Job:
         batches_of: Sequence[Sequence[list[LayerPlan]]],
         finished: dict[str, Finished],
         store: StatisticsStore | None,
+        gathered: dict[str, LayerStatistics],
     ) -> None:
-        """Hessians and solutions, segment after segment; they are added to ``finished``."""
+        """Hessians and solutions, segment after segment; they are added to ``finished``.
+
+        ``gathered`` has the statistics of all layers, if there is one segment and they are known; it is emptied.
+        """
         order = [number for number in relay.order if batches_of[number]]
         for step, number in enumerate(order, start=1):
             todo = batches_of[number]
             with _timed("calibration", self.seconds):
                 needed = with_fellows(self.model, list(chain(*todo)), segments[number].layers)
-                statistics = gather(self.model, relay, number, needed, self.config, store, self.workers)
+                if gathered:
+                    statistics = {layer.name: gathered[layer.name] for layer in needed if layer.name in gathered}
+                    gathered.clear()
+                else:
+                    statistics = gather(self.model, relay, number, needed, self.config, store, self.workers)
                 lend(self.model, statistics)
             with _timed("solving", self.seconds):
                 title = f"Solving {step}/{len(order)}" if len(order) > 1 else "Solving"
@@ -292,17 +308,22 @@ def _begin(
     calibration: Calibration | None,
     run_folder: RunFolder | None,
     store: StatisticsStore | None,
+    at_once: bool,
 ) -> tuple[list[Segment], list[list[list[LayerPlan]]], dict[str, Finished]]:
-    """Segments, what is still to be solved of each, in batches, and what an interrupted run has finished."""
+    """Segments, what is still to be solved of each, in batches, and what an interrupted run has finished.
+
+    There is one segment if the statistics were gathered ``at_once``.
+    """
     footprint = Footprint(model, layers_plan.layers, drawn, place_for(config))
     started = None
-    if run_folder is not None or store is not None:
-        fingerprint = model_fingerprint(model)
     if run_folder is not None:
-        identity = run_identity(model, fingerprint, config, layers_plan, calibration)
+        identity = run_identity(model, model_fingerprint(model), config, layers_plan, calibration)
         started = run_folder.batches(identity, layers_plan)
-    rows = 0 if calibration is None else len(calibration.rows)
-    segments = divide(footprint, config, rows, started or ())
+    if at_once:
+        segments = [Segment(0, footprint.count, tuple(chain(*footprint.layers)))]
+    else:
+        rows = 0 if calibration is None else len(calibration.rows)
+        segments = divide(footprint, config, rows, started or ())
     work = [list(batches(model, segment.layers, config.device)) for segment in segments]
     finished: dict[str, Finished] = {}
     if run_folder is not None:
@@ -313,10 +334,32 @@ def _begin(
         finished = run_folder.finished(layers_plan)
         # A batch is solved whole or not at all: in parts, its products could round differently.
         work = [[batch for batch in part if any(layer.name not in finished for layer in batch)] for part in work]
-    if store is not None and calibration is not None and layers_plan.needs_data and any(work):
-        identity = statistics_identity(fingerprint, config, calibration)
-        store.begin(identity, environment(model, config.device), calibration.summary(), chain(*chain(*work)))
+    if store is not None and not isinstance(config.bits, float) and layers_plan.needs_data and any(work):
+        _begin_statistics(model, config, calibration, chain(*chain(*work)), store)
     return segments, work, finished
+
+
+def _begin_statistics(
+    model: PreTrainedModel,
+    config: GuidedQuantConfig,
+    calibration: Calibration | None,
+    layers: Iterable[LayerPlan],
+    store: StatisticsStore,
+) -> None:
+    """Get the folder of statistics ready for these layers."""
+    if calibration is not None:
+        identity = statistics_identity(model_fingerprint(model), config, calibration)
+        store.begin(identity, environment(model, config.device), calibration.summary(), layers)
+
+
+def _originals(
+    model: PreTrainedModel, config: GuidedQuantConfig, calibration: Calibration | None, seconds: dict[str, float]
+) -> list[Tensor]:
+    """The original's last hidden states, if something will be distilled."""
+    if calibration is None or not config.distill:
+        return []
+    with _timed("distillation", seconds), _where_work_is_done(model, config):
+        return teacher_states(model, calibration.rows)
 
 
 def _summary(

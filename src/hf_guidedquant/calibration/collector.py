@@ -47,7 +47,7 @@ class LayerStatistics:
         bad_rows: Rows left out because this layer, or the loss, was NaN or infinite (int64 scalar, on device).
         tokens: Tokens that it is the sum of (the same).
         diagonal: fp32 ``[g, K]``: the diagonal of a full Hessian once more, added up the way it is where only the
-            diagonal is needed, which rounds differently. None unless the statistics are to be kept for any method.
+            diagonal is needed, which rounds differently. None unless the statistics are to be used for any method.
         borrowed: Average tokens of other experts that were added to an expert's Hessian (see ``routing.lend``).
         curvature: fp32 ``[N, N]``: the sum over tokens of the outer products of the output gradients. None unless it is
             needed.
@@ -99,11 +99,18 @@ class LayerStatistics:
         weights = None if weights is None else torch.where(good, weights, 0.0)
         if self.hessian.dim() == 3:
             add_grams(self.hessian, x, weights)
-        diagonal = self.hessian if self.hessian.dim() == 2 else self.diagonal
-        if diagonal is not None:
-            add_squares(diagonal, x, weights)
+        if self.hessian.dim() == 2 or self.diagonal is not None:
+            add_squares(self.diagonal_sum, x, weights)
         if self.curvature is not None and grad is not None:
             add_grams(self.curvature.unsqueeze(0), torch.where(good, grad.to(device), 0.0), None)
+
+    @property
+    def diagonal_sum(self) -> Tensor:
+        """The diagonal ``[g, K]``, added up the same way whether there is a Hessian beside it or not."""
+        if self.hessian.dim() == 2:
+            return self.hessian
+        assert self.diagonal is not None
+        return self.diagonal
 
     def add_up(self, workers: Workers) -> None:
         """Finish: the sum of what all processes have, and of symmetric matrices both halves."""

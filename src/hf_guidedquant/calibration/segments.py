@@ -67,7 +67,11 @@ def relay_for(
 
 
 def divide(
-    footprint: Footprint, config: GuidedQuantConfig, rows: int = 0, together: Iterable[Sequence[LayerPlan]] = ()
+    footprint: Footprint,
+    config: GuidedQuantConfig,
+    rows: int = 0,
+    together: Iterable[Sequence[LayerPlan]] = (),
+    told: bool = True,
 ) -> list[Segment]:
     """As few segments as fit into the memory of every device.
 
@@ -76,6 +80,7 @@ def divide(
         config: ``max_memory`` limits what may be used.
         rows: Calibration rows whose hidden states wait between segments.
         together: Layers that must not be divided.
+        told: Say so in the log if there are several.
 
     Raises:
         ModelError: Not even one block fits, or what waits between the segments does not.
@@ -94,7 +99,7 @@ def divide(
             f"Between {len(borders)} segments, hidden states of {rows} rows take {states / 2**30:.3g} GiB of CPU "
             f"memory, and {free / 2**30:.3g} GiB are free. Lower num_samples, or use a GPU with more memory."
         )
-    if len(borders) > 1:
+    if told and len(borders) > 1:
         logger.info("Memory allows for %s, so the model is calibrated in %d segments.", _room_text(rooms), len(borders))
     return [Segment(a, b, tuple(layer for block in footprint.layers[a:b] for layer in block)) for a, b in borders]
 
@@ -174,7 +179,8 @@ def gather(
     place = place_for(config)
     devices = {layer.name: place(stored_weight(model.get_submodule(layer.name)).device) for layer in layers}
     wanted = {layer.name: layer for layer in layers if layer.statistics != "none"}
-    for_any_method = config.statistics is not None
+    # To choose widths takes the diagonals too.
+    for_any_method = config.statistics is not None or isinstance(config.bits, float)
 
     def empty(name: str) -> LayerStatistics:
         layer = wanted[name]
@@ -188,7 +194,7 @@ def gather(
         if name not in found:
             found[name] = empty(name)
         kept = found[name]
-        for tensor in (kept.hessian, kept.bad_rows, kept.tokens, kept.curvature):
+        for tensor in (kept.hessian, kept.bad_rows, kept.tokens, kept.diagonal, kept.curvature):
             if tensor is not None:
                 workers.hand_over(tensor, 0)
     missing = {name: layer for name, layer in wanted.items() if name not in found}

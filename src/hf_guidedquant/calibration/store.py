@@ -88,6 +88,7 @@ class StatisticsStore:
         tensors, _ = self._folder.load(layer.name) or ({}, None)
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             layer.statistics: (layer.statistics_shape, torch.float32),
+            "diagonal": (layer.statistics_shape[:2], torch.float32),
             "bad_rows": ((), torch.int64),
             "tokens": ((), torch.int64),
         }
@@ -96,8 +97,14 @@ class StatisticsStore:
         if any(name not in tensors or (tensors[name].shape, tensors[name].dtype) != e for name, e in expected.items()):
             self._lock()
             return None
-        statistics, bad_rows, tokens, *curvature = (tensors[name].to(device) for name in expected)
-        return LayerStatistics(statistics, bad_rows, tokens, curvature=curvature[0] if curvature else None)
+        there = {name: tensors[name].to(device) for name in expected}
+        return LayerStatistics(
+            there[layer.statistics],
+            there["bad_rows"],
+            there["tokens"],
+            there["diagonal"] if layer.statistics == "hessian" else None,
+            curvature=there.get("curvature"),
+        )
 
     def save(self, name: str, statistics: LayerStatistics) -> None:
         """Keep a layer's statistics.

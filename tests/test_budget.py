@@ -1,6 +1,7 @@
 """A mean number of bits: kept to, spent where it pays, the same for layers that are multiplied together."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from trained_model import ROW, calibration_rows, held_out_ids, trained_model
 from transformers import AutoModelForCausalLM
 
 import hf_guidedquant
-from hf_guidedquant import GuidedQuantConfig, budget, solving
-from hf_guidedquant.calibration import Relay
+from hf_guidedquant import GuidedQuantConfig, budget, pipeline, solving
+from hf_guidedquant.calibration import LayerStatistics, Relay
+from hf_guidedquant.errors import FolderMismatchError, ModelError
 from hf_guidedquant.nn import quantized_modules
 from hf_guidedquant.training import Divergence, teacher_states
 
@@ -122,17 +124,46 @@ def test_one_pass_serves_the_choice_and_the_solver(passes, tmp_path):
     assert [len(layers) for layers in passes] == [7, 7, 7, 7]
 
 
-def test_what_a_folder_of_statistics_holds_is_not_gathered(passes, tmp_path):
-    folder = {"statistics": tmp_path / "statistics"}
+def test_what_a_folder_of_statistics_holds_is_not_gathered(passes, tmp_path, monkeypatch):
+    read, fingerprint = [], pipeline.model_fingerprint
+    monkeypatch.setattr(pipeline, "model_fingerprint", lambda model: read.append(model) or fingerprint(model))
     for bits in (2, 2.5, 3.0):
         expected = saved(hf_guidedquant.quantize(tiny_model(), config(bits=bits)), tmp_path / "model")
         passes.clear()
-        assert saved(hf_guidedquant.quantize(tiny_model(), config(bits=bits, **folder)), tmp_path / "model") == expected
+        again = config(bits=bits, statistics=tmp_path / "statistics", run_dir=tmp_path / f"run-{bits}")
+        assert saved(hf_guidedquant.quantize(tiny_model(), again), tmp_path / "model") == expected
         assert len(passes) == (1 if bits == 2 else 0)
-        little = memory_for(tiny_model(), config())
-        divided = hf_guidedquant.quantize(tiny_model(), config(bits=bits, max_memory=little, **folder))
-        assert saved(divided, tmp_path / "model") == expected
-        assert len(passes) == (1 if bits == 2 else 0)
+        assert len(read) == 1
+        read.clear()
+        # A block at a time, diagonals are gathered anew.
+        again.run_dir, again.max_memory = None, memory_for(tiny_model(), config())
+        passes.clear()
+        assert saved(hf_guidedquant.quantize(tiny_model(), again), tmp_path / "model") == expected
+        assert len(passes) == (0 if bits == 2 else 2)
+        read.clear()
+
+
+def test_hessians_are_let_go_where_nothing_is_left_to_solve(tmp_path, monkeypatch):
+    alive, train = [], pipeline.reconstruct
+
+    def counted(*args, **kwargs):
+        gc.collect()
+        alive.append(sum(isinstance(each, LayerStatistics) for each in gc.get_objects()))
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "reconstruct", counted)
+    for _ in range(2):
+        hf_guidedquant.quantize(tiny_model(), config(run_dir=tmp_path / "run", reconstruct={"epochs": 1}))
+    assert alive == [0, 0]
+
+
+def test_too_little_memory_and_other_folders_are_told_before_the_original_reads_the_rows(tmp_path, monkeypatch):
+    hf_guidedquant.quantize(tiny_model(), config(statistics=tmp_path / "statistics"))
+    monkeypatch.setattr(pipeline, "teacher_states", lambda *args: pytest.fail("the original read the rows"))
+    with pytest.raises(ModelError, match="max_memory"):
+        hf_guidedquant.quantize(tiny_model(), config(distill=True, max_memory=1e-4))
+    with pytest.raises(FolderMismatchError):
+        hf_guidedquant.quantize(tiny_model(seed=1), config(distill=True, statistics=tmp_path / "statistics"))
 
 
 def test_layers_whose_method_needs_no_data_get_a_width_too(passes):

@@ -486,3 +486,13 @@ def test_quantized_saved_and_loaded_on_a_gpu(architecture, dtype, tmp_path):
     assert isinstance(again.get_input_embeddings(), GuidedEmbedding)
     assert torch.equal(logits(again), logits(model))
     assert_the_cpu_loads_the_same(again, tmp_path)
+
+
+def test_a_run_that_goes_on_saves_the_same_files(tmp_path):
+    """Three groups do not divide the vocabulary, so the head's codebooks are part of larger ones."""
+    files = []
+    for name in ("first", "second"):
+        settings = config(bits=2, embedding_bits=5, num_groups=3, run_dir=tmp_path / "run")
+        hf_guidedquant.save(hf_guidedquant.quantize(tiny_model("llama-tied"), settings), tmp_path / name)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1]

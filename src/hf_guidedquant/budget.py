@@ -45,32 +45,38 @@ def within_budget(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
     layers_plan: Plan,
-    calibration: Calibration | None,
+    calibration: Calibration,
     drawn: Outline,
+    at_once: bool,
     store: StatisticsStore | None,
     workers: Workers,
 ) -> tuple[Plan, dict[str, LayerStatistics]]:
-    """The plan with widths whose mean is at most ``config.bits``, if that is a float; else the plan as it is.
+    """The plan with widths whose mean is at most ``config.bits``, a float.
 
     Layers that are multiplied together (q, k, v; gate, up) get the same width. Layers with ``bits`` of their own, from
     ``config.overrides`` or ``config.embedding_bits``, keep them and do not count.
 
+    Args:
+        model, config, drawn, workers: Of the run.
+        layers_plan: With widths that do not count yet.
+        calibration: The rows.
+        at_once: Gather all that the solver needs too (see :func:`one_pass_serves`).
+        store: Where statistics are kept, if they are gathered at once.
+
     Returns:
-        The plan; and the statistics of all its layers, if they fit in memory at once, so that there is no need to
-        gather them again. Else nothing.
+        The plan; and the statistics of all its layers if they were gathered at once, else nothing.
     """
-    if calibration is None or not isinstance(config.bits, float):
-        return layers_plan, {}
     layers, widths = undecided(model, config, layers_plan), widths_near(config.bits)
-    # The pass that the solver needs will do, if it is one and sees all of these layers.
-    segments = _segments(model, config, layers_plan.layers, calibration, drawn, workers, told=False)
-    at_once = len(segments) == 1 and all(layer.statistics != "none" for layer in layers)
+    gathered = layers_plan.layers if at_once else diagonal_only(layers)
+    footprint = Footprint(model, gathered, drawn, place_for(config))
+    segments = [Segment(0, footprint.count, tuple(gathered))]
     if not at_once:
-        segments = _segments(model, config, diagonal_only(layers), calibration, drawn, workers)
+        segments = workers.tell(divide(footprint, config, len(calibration.rows)), 0)
+        config, store = replace(config, statistics=None), None
     relay = relay_for(model, config, drawn, segments, calibration, workers)
     statistics: dict[str, LayerStatistics] = {}
     for number in relay.order:
-        statistics |= gather(model, relay, number, segments[number].layers, config, store, workers)
+        statistics |= gather(model, relay, number, segments[number].layers, config, store, workers, at_once)
     losses = {}
     for layer in layers:
         diagonal = (statistics[layer.name] if at_once else statistics.pop(layer.name)).diagonal_sum
@@ -103,22 +109,21 @@ def undecided(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Pl
     ]
 
 
+def one_pass_serves(layers: Sequence[LayerPlan], undecided: Sequence[LayerPlan]) -> list[LayerPlan] | None:
+    """The layers with what a pass takes that serves the choice of widths as well; None if their methods see too little.
+
+    If all of that fits in memory at once, there is no need for a pass for the diagonals.
+    """
+    names = {layer.name for layer in undecided}
+    if any(layer.statistics == "none" for layer in layers if layer.name in names):
+        return None
+    # LNQ's k-means is that of the choice, which other methods may not have room for beside the Hessians.
+    return [replace(layer, method="lnq") if layer.statistics == "hessian" else layer for layer in layers]
+
+
 def diagonal_only(layers: Iterable[LayerPlan]) -> list[LayerPlan]:
     """Layers as they are for the prediction."""
     return [replace(layer, method="squeezellm", output_curvature=False) for layer in layers]
-
-
-def _segments(
-    model: PreTrainedModel,
-    config: GuidedQuantConfig,
-    layers: Sequence[LayerPlan],
-    calibration: Calibration,
-    drawn: Outline,
-    workers: Workers,
-    told: bool = True,
-) -> list[Segment]:
-    footprint = Footprint(model, layers, drawn, place_for(config))
-    return workers.tell(divide(footprint, config, len(calibration.rows), told=told), 0)
 
 
 def widths_near(mean: float) -> Sequence[int]:

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, reduce
+from functools import cache, cached_property, reduce
 from operator import or_
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .auto import auto_class, check_unquantized, read_config
-from .budget import diagonal_only, undecided, widths_near
-from .calibration import Footprint, Outline, divide, outline, shelved, waiting
+from .budget import diagonal_only, one_pass_serves, undecided, widths_near
+from .calibration import Footprint, Outline, divide, fit_at_once, outline, shelved, waiting
 from .config import DistillSpec, GuidedQuantConfig, ReconstructSpec
 from .experts import unfused
 from .linears import linear_shape, size_of, tensors_of, vocabulary_layers
@@ -115,7 +115,7 @@ def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
         **{part.name: getattr(run.decided, part.name) for part in fields(Plan)},
         segments=segments,
         memory={str(where): size for where, size in memory.items()},
-        seconds=run.seconds(segments) if probe else {},
+        seconds=run.seconds() if probe else {},
     )
 
 
@@ -146,7 +146,7 @@ class _Run:
     def memory(self) -> tuple[Counter[torch.device], int]:
         """The most bytes in use on every device, weights included; and the number of segments."""
         weights = self._footprint(self._drawn)
-        calibration, segments = self._calibration(self.decided.layers)
+        *first, (_, calibration, segments) = self._passes
         stages = [calibration]
         if self._block_wise:
             stages.append(self._reconstruction(self._block_wise))
@@ -158,8 +158,7 @@ class _Run:
             for stage in stages:
                 # The original's last hidden states, from the first stage to the last.
                 stage[_HOST] += self._waiting(self._tokens * hidden * self._model.dtype.itemsize)
-        if self._apart(segments):
-            stages.append(self._calibration(self._undecided)[0])
+        stages += [need for _, need, _ in first]
         found = weights.resident + reduce(or_, stages)
         found[_HOST] += sum(
             tensor.nbytes
@@ -168,21 +167,19 @@ class _Run:
         )
         return found, segments
 
-    def seconds(self, segments: int) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         """Time by stage."""
         layers, found, machine = self.decided.layers, {}, cache(Machine)
         calibrated = machine(self._device, self._model.dtype)
-        calibration = 0.0
-        if self.decided.needs_data:
-            calibration = calibration_seconds(calibrated, self._drawn, layers, self._rows, segments)
+        calibration = sum(
+            calibration_seconds(calibrated, self._drawn, gathered, self._rows, parts)
+            for gathered, _, parts in self._passes
+        )
         if self._undecided:
             widths = widths_near(float(self._config.bits))
             tried = [replace(layer, bits=bits) for layer in self._undecided for bits in widths]
             calibration += solving_seconds(tried, self._config, self._device)
-            if self._apart(segments):
-                _, parts = self._calibration(self._undecided)
-                calibration += calibration_seconds(calibrated, self._drawn, self._undecided, self._rows, parts)
-        if calibration:
+        if self.decided.needs_data or self._undecided:
             found["calibration"] = calibration
         found["solving"] = solving_seconds(layers, self._config, self._device)
         if self._block_wise:
@@ -200,19 +197,22 @@ class _Run:
             )
         return found
 
-    def _apart(self, segments: int) -> bool:
-        """Whether widths are chosen by a pass over the data of its own (see :mod:`.budget`)."""
-        undecided = {layer.name for layer in self._undecided}
-        planned = [layer for layer in self.decided.layers if layer.name in undecided]
-        return bool(planned) and (segments > 1 or any(layer.statistics == "none" for layer in planned))
+    @cached_property
+    def _passes(self) -> list[tuple[Sequence[LayerPlan], Counter[torch.device], int]]:
+        """Layers, bytes beside the weights and segments of every pass over the data; the last one is the solver's."""
+        layers = self.decided.layers
+        both = one_pass_serves(layers, self._undecided) if self._undecided else None
+        if both is not None and fit_at_once(self._footprint(self._drawn, both), self._config):
+            return [self._calibration(both)]
+        return [self._calibration(part) for part in (self._undecided, layers) if part or part is layers]
 
-    def _calibration(self, layers: Sequence[LayerPlan]) -> tuple[Counter[torch.device], int]:
-        """Bytes beside the weights; and the number of segments."""
+    def _calibration(self, layers: Sequence[LayerPlan]) -> tuple[Sequence[LayerPlan], Counter[torch.device], int]:
+        """A pass over the data."""
         footprint = self._footprint(self._drawn, layers)
         segments = divide(footprint, self._config, self._rows)
         need = reduce(or_, (footprint(segment.start, segment.stop) for segment in segments))
         need[_HOST] += waiting(len(segments), self._config.guided) * self._waiting(self._drawn.border)
-        return need, len(segments)
+        return layers, need, len(segments)
 
     def _reconstruction(self, spec: ReconstructSpec) -> Counter[torch.device]:
         """Bytes beside the weights."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from .budget import within_budget
+from .budget import one_pass_serves, undecided, within_budget
 from .calibration import (
     Calibration,
     Footprint,
@@ -28,6 +28,7 @@ from .calibration import (
     Segment,
     StatisticsStore,
     divide,
+    fit_at_once,
     gather,
     lend,
     load_rows,
@@ -102,21 +103,27 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
                     check_rows(len(calibration.rows) if calibration else 0)
                 if config.reconstruct:
                     check_blocks(model, drawn)
-            mixed = isinstance(config.bits, float)
+                known = run_folder is not None or store is not None
+                fingerprint = model_fingerprint(model) if known else {}
+                at_once = workers.tell(_one_pass(model, config, layers_plan, drawn), 0)
+                if at_once and store is not None:
+                    _begin_statistics(model, config, calibration, fingerprint, layers_plan.layers, store)
+            statistics: dict[str, LayerStatistics] = {}
             originals: list[Tensor] = []
-            if mixed:
+            if at_once:
                 # Before statistics take the memory.
                 originals = _originals(model, config, calibration, seconds)
-                if store is not None:
-                    _begin_statistics(model, config, calibration, layers_plan.layers, store)
-            with _timed("calibration" if mixed else "data", seconds):
-                layers_plan, statistics = within_budget(model, config, layers_plan, calibration, drawn, store, workers)
+            if calibration is not None and isinstance(config.bits, float):
+                with _timed("calibration", seconds):
+                    layers_plan, statistics = within_budget(
+                        model, config, layers_plan, calibration, drawn, at_once, store, workers
+                    )
+            with _timed("data", seconds):
                 workers.check_agreement(_common(model, config, layers_plan, calibration))
-                at_once = bool(statistics)
-                work = _begin(model, config, layers_plan, drawn, calibration, run_folder, store, at_once)
+                work = _begin(model, config, layers_plan, drawn, calibration, fingerprint, run_folder, store, at_once)
                 segments, batches_of, finished = workers.tell(work, 0)
                 relay = relay_for(model, config, drawn, segments, calibration, workers)
-            if not mixed:
+            if not at_once:
                 originals = _originals(model, config, calibration, seconds)
             job = _Job(model, config, workers, run_folder, calibration, drawn, seconds)
             job.solve(relay, segments, batches_of, finished, store, statistics)
@@ -183,6 +190,7 @@ class _Job:
                     finished[name] = tensors, report
                     if self.run_folder is not None:
                         self.run_folder.commit(tensors, report)
+        gathered.clear()
 
     def reconstruct(
         self, finished: dict[str, Finished], embeddings: tuple[str, str] | None
@@ -300,24 +308,32 @@ def _common(
     }
 
 
+def _one_pass(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan, drawn: Outline) -> bool:
+    """Whether widths are left open, and one pass serves both their choice and the solver."""
+    left_open = undecided(model, config, layers_plan)
+    layers = one_pass_serves(layers_plan.layers, left_open) if left_open else None
+    return layers is not None and fit_at_once(Footprint(model, layers, drawn, place_for(config)), config)
+
+
 def _begin(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
     layers_plan: Plan,
     drawn: Outline,
     calibration: Calibration | None,
+    fingerprint: Mapping[str, str],
     run_folder: RunFolder | None,
     store: StatisticsStore | None,
     at_once: bool,
 ) -> tuple[list[Segment], list[list[list[LayerPlan]]], dict[str, Finished]]:
     """Segments, what is still to be solved of each, in batches, and what an interrupted run has finished.
 
-    There is one segment if the statistics were gathered ``at_once``.
+    There is one segment if the statistics have been gathered ``at_once``, with the folder of statistics ready.
     """
     footprint = Footprint(model, layers_plan.layers, drawn, place_for(config))
     started = None
     if run_folder is not None:
-        identity = run_identity(model, model_fingerprint(model), config, layers_plan, calibration)
+        identity = run_identity(model, fingerprint, config, layers_plan, calibration)
         started = run_folder.batches(identity, layers_plan)
     if at_once:
         segments = [Segment(0, footprint.count, tuple(chain(*footprint.layers)))]
@@ -334,8 +350,8 @@ def _begin(
         finished = run_folder.finished(layers_plan)
         # A batch is solved whole or not at all: in parts, its products could round differently.
         work = [[batch for batch in part if any(layer.name not in finished for layer in batch)] for part in work]
-    if store is not None and not isinstance(config.bits, float) and layers_plan.needs_data and any(work):
-        _begin_statistics(model, config, calibration, chain(*chain(*work)), store)
+    if store is not None and not at_once and layers_plan.needs_data and any(work):
+        _begin_statistics(model, config, calibration, fingerprint, chain(*chain(*work)), store)
     return segments, work, finished
 
 
@@ -343,12 +359,13 @@ def _begin_statistics(
     model: PreTrainedModel,
     config: GuidedQuantConfig,
     calibration: Calibration | None,
+    fingerprint: Mapping[str, str],
     layers: Iterable[LayerPlan],
     store: StatisticsStore,
 ) -> None:
     """Get the folder of statistics ready for these layers."""
     if calibration is not None:
-        identity = statistics_identity(model_fingerprint(model), config, calibration)
+        identity = statistics_identity(fingerprint, config, calibration)
         store.begin(identity, environment(model, config.device), calibration.summary(), layers)
 
 

@@ -7,7 +7,7 @@ from .passage import Passage, Shelf, shelved
 from .relay import Relay, waiting
 from .routing import lend, with_fellows
 from .rows import Calibration, load_rows
-from .segments import Segment, divide, gather, outline_for, place_for, relay_for
+from .segments import Segment, divide, fit_at_once, gather, outline_for, place_for, relay_for
 from .store import StatisticsStore, open_statistics
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Shelf",
     "StatisticsStore",
     "divide",
+    "fit_at_once",
     "gather",
     "lend",
     "load_rows",

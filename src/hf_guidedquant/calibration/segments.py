@@ -67,11 +67,7 @@ def relay_for(
 
 
 def divide(
-    footprint: Footprint,
-    config: GuidedQuantConfig,
-    rows: int = 0,
-    together: Iterable[Sequence[LayerPlan]] = (),
-    told: bool = True,
+    footprint: Footprint, config: GuidedQuantConfig, rows: int = 0, together: Iterable[Sequence[LayerPlan]] = ()
 ) -> list[Segment]:
     """As few segments as fit into the memory of every device.
 
@@ -80,12 +76,11 @@ def divide(
         config: ``max_memory`` limits what may be used.
         rows: Calibration rows whose hidden states wait between segments.
         together: Layers that must not be divided.
-        told: Say so in the log if there are several.
 
     Raises:
         ModelError: Not even one block fits, or what waits between the segments does not.
     """
-    rooms = {device: _room(device, footprint, config) for device in footprint(0, footprint.count)}
+    rooms = _rooms(footprint, config)
     borders: list[tuple[int, int]] = []
     for start, stop in reversed(_indivisible(footprint, together)):
         if borders and _fits(footprint(start, borders[0][1]), rooms):
@@ -99,9 +94,14 @@ def divide(
             f"Between {len(borders)} segments, hidden states of {rows} rows take {states / 2**30:.3g} GiB of CPU "
             f"memory, and {free / 2**30:.3g} GiB are free. Lower num_samples, or use a GPU with more memory."
         )
-    if told and len(borders) > 1:
+    if len(borders) > 1:
         logger.info("Memory allows for %s, so the model is calibrated in %d segments.", _room_text(rooms), len(borders))
     return [Segment(a, b, tuple(layer for block in footprint.layers[a:b] for layer in block)) for a, b in borders]
+
+
+def fit_at_once(footprint: Footprint, config: GuidedQuantConfig) -> bool:
+    """Whether one segment will do."""
+    return _fits(footprint(0, footprint.count), _rooms(footprint, config))
 
 
 def _indivisible(footprint: Footprint, together: Iterable[Sequence[LayerPlan]]) -> list[tuple[int, int]]:
@@ -121,6 +121,10 @@ def _indivisible(footprint: Footprint, together: Iterable[Sequence[LayerPlan]]) 
         found.append((start, stop))
         start = stop
     return found
+
+
+def _rooms(footprint: Footprint, config: GuidedQuantConfig) -> dict[torch.device, int]:
+    return {device: _room(device, footprint, config) for device in footprint(0, footprint.count)}
 
 
 def _room(device: torch.device, footprint: Footprint, config: GuidedQuantConfig) -> int:
@@ -169,8 +173,11 @@ def gather(
     config: GuidedQuantConfig,
     store: StatisticsStore | None = None,
     workers: Workers | None = None,
+    diagonals: bool = False,
 ) -> dict[str, LayerStatistics]:
     """Statistics of the layers of a segment, by name; layers whose method needs none are left out.
+
+    With ``diagonals`` there are those beside the Hessians.
 
     What ``store`` has is taken from there, and the rest is kept there; the rows do not move if nothing is missing.
     Several processes share the rows; the store is the first one's, and the result is everyone's.
@@ -179,8 +186,7 @@ def gather(
     place = place_for(config)
     devices = {layer.name: place(stored_weight(model.get_submodule(layer.name)).device) for layer in layers}
     wanted = {layer.name: layer for layer in layers if layer.statistics != "none"}
-    # To choose widths takes the diagonals too.
-    for_any_method = config.statistics is not None or isinstance(config.bits, float)
+    for_any_method = diagonals or config.statistics is not None
 
     def empty(name: str) -> LayerStatistics:
         layer = wanted[name]

@@ -54,11 +54,17 @@ def declare(
 
 def encode(codes: Codes) -> dict[str, Tensor]:
     """Codes as the named tensors of :func:`declare`."""
-    tensors = {"weight": pack_codes(codes.codes, codes.bits), "lut": codes.codebook.contiguous()}
+    tensors = {"weight": pack_codes(codes.codes, codes.bits), "lut": codes.codebook}
     if codes.overlay is not None:
-        tensors["overlay_values"] = codes.overlay.values.contiguous()
-        tensors["overlay_columns"] = codes.overlay.columns.to(_columns_dtype(codes.codes.shape[1])).contiguous()
-    return tensors
+        tensors["overlay_values"] = codes.overlay.values
+        tensors["overlay_columns"] = codes.overlay.columns.to(_columns_dtype(codes.codes.shape[1]))
+    return {name: _apart(tensor) for name, tensor in tensors.items()}
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, in memory that holds nothing else."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def decode(tensors: dict[str, Tensor], in_features: int) -> Codes:

@@ -533,12 +533,14 @@ def test_other_prompts_are_read_without_padding(kwargs, graphed, prompts):
 
 
 def test_prompts_that_make_the_host_wait_are_read_as_ever_from_then_on(model, graphed, prompts):
-    for _ in range(3):
+    for _ in range(2):
         both(model, graphed, inputs=PROMPT)
-    step_of(graphed, model)._prompts._passes[16]._replay.capturable = False
-    for length in (8, 20):
+    reader = step_of(graphed, model)._prompts
+    reader._passes[16]._replay.capturable = False
+    for length in (8, 8, 20):
         plain, ours = both(model, graphed, inputs=PROMPT[:, :1].repeat(1, length))
         assert torch.equal(plain, ours)
+        assert not reader._passes
     assert prompts == [16, 16]
 
 
@@ -554,6 +556,33 @@ def test_hooks_hear_of_prompts(model, graphed, prompts):
     assert prompts == [16]
     hook.remove()
     both(model, graphed, inputs=PROMPT)
+    assert prompts == [16, 16]
+
+
+def test_hooks_that_transformers_leaves_do_not_count_and_those_of_all_modules_do(model, graphed, prompts):
+    model(PROMPT, output_hidden_states=True)
+    for _ in range(2):
+        both(model, graphed, inputs=PROMPT)
+    assert prompts == [16]
+    heard = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: heard.append(args))
+    try:
+        # Also where the model is what it was.
+        model.generate(PROMPT, max_new_tokens=1, custom_generate=graphed)
+    finally:
+        hook.remove()
+    assert heard
+    accelerate.hooks.add_hook_to_module(model.model.norm, accelerate.hooks.ModelHook())
+    both(model, graphed, inputs=PROMPT)
+    assert prompts == [16]
+
+
+def test_padding_is_of_the_prompts_own_tokens(model, graphed, prompts):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[[0, 1]] = torch.nan
+    for _ in range(3):
+        plain, ours = both(model, graphed, inputs=PROMPT)
+        assert torch.equal(plain, ours)
     assert prompts == [16, 16]
 
 
@@ -645,11 +674,24 @@ def test_replaced_weights_are_noticed(model, graphed):
         lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.clone())),
         lambda model: setattr(model.lm_head, "_disable_adapters", True),
         lambda model: setattr(model.lm_head, "scaling", {"default": 2.0}),
+        lambda model: setattr(model.lm_head, "compute_dtype", torch.bfloat16),
+        lambda model: setattr(model.lm_head, "forward", lambda x: x),
+        lambda model: setattr(model.config, "final_logit_softcapping", 30.0),
     ],
 )
 def test_a_changed_model_is_noticed(change, model):
     facts = capture.model_facts(model)
     change(model)
+    assert capture.model_facts(model) != facts
+
+
+def test_what_dense_copies_are_made_of_is_noticed():
+    model = hf_guidedquant.quantize(prepared(), GuidedQuantConfig(bits=2, method="rtn", cache_dequantized=True))
+    model(PROMPT)
+    facts = capture.model_facts(model)
+    assert capture.model_facts(model) == facts
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.lut.neg_()
     assert capture.model_facts(model) != facts
 
 
@@ -784,6 +826,22 @@ def test_an_interrupted_first_run_is_not_one_that_has_loaded_everything(monkeypa
     assert not watched
     work(lambda: "second")
     assert watched == ["second"]
+
+
+def test_what_could_not_be_captured_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    work = replay.Replay(torch.device("cuda"), "Work")
+    work._runs = replay._WARM_UP
+
+    def fails(function):
+        raise RuntimeError
+
+    monkeypatch.setattr(work, "_capture", fails)
+    done = []
+    with pytest.raises(RuntimeError):
+        work(lambda: done.append(1))
+    work(lambda: done.append(2))
+    assert done == [2]
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ class Replay:
         title: What runs, for the log.
 
     Attributes:
-        capturable: False once the function has turned out to make the host wait.
+        capturable: False once the function has turned out to make the host wait, or could not be captured.
     """
 
     def __init__(self, device: torch.device, title: str) -> None:
@@ -52,7 +52,11 @@ class Replay:
             self._warm_up(function)
         else:
             if self._graph is None:
-                self._graph = self._capture(function)
+                try:
+                    self._graph = self._capture(function)
+                except BaseException:
+                    self.capturable = False
+                    raise
             self._graph.replay()
 
     def _warm_up(self, function: Callable[[], None]) -> None:

@@ -67,13 +67,13 @@ AttentionMaskInterface.register(NAME, decode_mask)
 
 
 @contextmanager
-def attention_for_decoding(model: nn.Module) -> Iterator[None]:
+def attention_for_decoding(model: nn.Module, queries: int = 1) -> Iterator[None]:
     """Let the layers that use ``sdpa`` use :func:`decode_attention_forward` meanwhile, if there is a kernel for it.
 
-    Masks are made by :func:`decode_mask` then.
+    Masks are made by :func:`decode_mask` then. Of several queries per row that is all that is different.
     """
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    configs = _configs_with_sdpa(model) if _has_kernel(device) else []
+    configs = _configs_with_sdpa(model) if queries > 1 or _has_kernel(device) else []
     # Not the property: it would set the configs inside as well, whatever they use.
     for config in configs:
         config._attn_implementation_internal = NAME

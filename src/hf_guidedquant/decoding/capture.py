@@ -3,7 +3,8 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo import exc
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
+
+from ..nn import GuidedLinear
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ def model_facts(model: nn.Module) -> Hashable:
                 found.append((name, configs[id(value)]))
             else:
                 found.append((name, facts(value)))
+        if isinstance(module, GuidedLinear):
+            found.append(module.copied_versions)
     return tuple(found)
 
 
@@ -84,10 +89,14 @@ def facts(value: Any, tensor: Callable[[Tensor], Hashable] = Tensor.data_ptr) ->
         return tuple([(key if type(key) is str else str(key), facts(item, tensor)) for key, item in value.items()])
     if isinstance(value, list | tuple):
         return tuple([facts(item, tensor) for item in value])
-    if isinstance(value, str | int | float):
+    if isinstance(value, str | int | float | torch.dtype | torch.device):
         return value
     if isinstance(value, PreTrainedConfig):
-        return getattr(value, "_attn_implementation", None), getattr(value, "_experts_implementation", None)
+        return facts(vars(value), tensor)
+    if isinstance(value, MethodType):
+        return id(value.__self__), id(value.__func__)
+    if isinstance(value, FunctionType | partial):
+        return id(value)
     if not isinstance(value, Tensor):
         return None
     if is_traceable_wrapper_subclass(value):

@@ -43,7 +43,7 @@ class GraphedDecode:
     Greedy search and sampling as in plain ``generate``, for decoder-only models. On CUDA the whole step (forward pass,
     logits processors, draw, stop tokens) is captured once and replayed for every token. Later calls of the same
     batch size and sampling settings, and of a similar length, reuse it; the first one compiles, which takes a while.
-    Short prompts are captured too, once prompts of about that length have come up three times.
+    Short prompts are captured too, once prompts of about that length have come up a few times.
 
     Greedy tokens are those of plain ``generate`` up to rounding. Samples come from the same distribution and repeat
     under ``torch.manual_seed``, but are not the ones that plain ``generate`` draws under that seed.
@@ -108,9 +108,10 @@ class GraphedDecode:
         with torch.inference_mode(False), torch.no_grad():
             step = self._take(model, settings, _prompt_length(input_ids, model_kwargs) + stops.limit)
             try:
-                with torch.cuda.device_of(step.output), model._optimize_model_for_decode():
+                with torch.cuda.device_of(step.output):
                     _start(model, step, input_ids, logits_processor, stops, generation_config, model_kwargs)
-                    sequences = _decode(model, step, input_ids, stops, streamer)
+                    with model._optimize_model_for_decode():
+                        sequences = _decode(model, step, input_ids, stops, streamer)
             finally:
                 self._put_back(model, step)
         if generation_config.return_dict_in_generate:

@@ -26,40 +26,43 @@ class PromptReader:
     """
 
     def __init__(self, cache: Cache, cache_length: int, device: torch.device) -> None:
-        self._cache, self._cache_length = cache, cache_length
-        self._start = torch.zeros(1, dtype=torch.int64, device=device)
-        self._passes: dict[int, _Pass] = {}
+        self._cache, self._cache_length, self._device = cache, cache_length, device
+        self.reset()
 
     def reset(self) -> None:
         """Drop the graphs."""
-        self._passes.clear()
+        self._passes: dict[int, _Pass] = {}
+        self._capturable = True
 
     def inputs(self, model: Any, input_ids: Tensor, model_kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """What the model takes to read a prompt, or None if it had better be read without padding and graph.
 
         That is a long one, one that is not made of tokens alone, and one whose padding the cache would remember.
         """
-        if input_ids.dim() != 2 or len(input_ids) * (columns := _columns(input_ids.shape[1])) > _MOST_TOKENS:
+        if input_ids.dim() != 2 or len(input_ids) * _columns(input_ids.shape[1]) > _MOST_TOKENS:
             return None
         mask = model_kwargs.get("attention_mask")
-        if columns > self._cache_length or (mask is not None and mask.shape != input_ids.shape):
+        if input_ids.device != self._device or (mask is not None and mask.shape != input_ids.shape):
             return None
         # The first prompt of all makes the layers' tensors.
         static = all(type(layer) is DecodeLayer and layer.is_initialized for layer in self._cache.layers)
-        if not static or not all(reading.capturable for reading in self._passes.values()):
+        if not static or not self._capturable:
             return None
-        # The cache is to seem empty.
-        share_column(self._cache, self._start)
-        prepared = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=input_ids.shape[1], is_first_iteration=True, **model_kwargs
+        # Without the cache, for which it would make masks of four dimensions here and now.
+        inputs = model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=input_ids.shape[1],
+            is_first_iteration=True,
+            **model_kwargs | {"past_key_values": None},
         )
-        # Of two dimensions: the forward pass makes masks out of it, inside of what is captured.
-        inputs = {name: value for name, value in prepared.items() if name != "attention_mask"}
+        inputs = {name: value for name, value in inputs.items() if name not in ("attention_mask", "past_key_values")}
         inputs["attention_mask"] = torch.ones_like(input_ids) if mask is None else mask
         for name, value in inputs.items():
-            if isinstance(value, Tensor) and (name not in _PADDED or value.dim() != 2):
-                return None
-            if not (value is None or value is self._cache or isinstance(value, Tensor | bool | int | float | str)):
+            if isinstance(value, Tensor):
+                if name not in _PADDED or value.dim() != 2:
+                    return None
+                inputs[name] = value.to(input_ids.device)
+            elif value and not isinstance(value, bool | int | float | str):
                 return None
         # Positions that the model counts for itself could go beyond those that it has.
         plain = inputs.get("input_ids") is not None and inputs.get("position_ids") is not None
@@ -77,7 +80,12 @@ class PromptReader:
         reading = self._passes.get(columns)
         if reading is None or reading.layout != layout:
             reading = self._passes[columns] = _Pass(self._cache, self._cache_length, columns, inputs, layout)
-        return reading.run(model, inputs)
+        found = reading.run(model, inputs)
+        if not reading.capturable:
+            # Nor would others be.
+            self.reset()
+            self._capturable = False
+        return found
 
 
 class _Pass:
@@ -86,7 +94,7 @@ class _Pass:
     def __init__(self, cache: Cache, cache_length: int, columns: int, inputs: dict[str, Any], layout: Hashable) -> None:
         self.layout = layout
         self._cache = cache
-        self._inputs = dict(inputs)
+        self._inputs = {**inputs, "past_key_values": cache}
         for name, value in inputs.items():
             if isinstance(value, Tensor):
                 width = cache_length if name == "attention_mask" else columns
@@ -105,8 +113,11 @@ class _Pass:
 
     def run(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, bool]:
         length = inputs["input_ids"].shape[1]
+        # With tokens of its own: what another one gives might be NaN, which no mask keeps out.
+        self._inputs["input_ids"].copy_(inputs["input_ids"][:, -1:])
+        self._inputs["attention_mask"].zero_()
         for name in _PADDED:
-            self._inputs[name].zero_()[:, :length] = inputs[name]
+            self._inputs[name][:, :length] = inputs[name]
         self._last.fill_(length - 1)
         share_column(self._cache, self._columns)
         self._ran = False
@@ -116,7 +127,7 @@ class _Pass:
     def _forward(self, model: nn.Module) -> None:
         self._ran = True
         self._cache.reset()
-        with attention_for_decoding(model):
+        with attention_for_decoding(model, queries=len(self._columns)):
             logits = model(**self._inputs, return_dict=True).logits
         if logits.shape[1] != 1:
             # A model that cannot keep one column's.

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor
+from transformers.utils import output_capturing
 
 from ..errors import NonFiniteScoresError
 from ..replay import Replay
+from ..running import hooked
 from .attention import attention_for_decoding
 from .cache import share_column
 from .capture import Compiled, facts, model_facts
@@ -17,6 +19,8 @@ from .processors import ScoresOnly, captured, token_mask
 from .prompt import PromptReader
 
 _ARGMAX_WIDTH = 128
+# Where torch keeps the hooks of all modules.
+_GLOBAL = nn.modules.module
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class DecodeStep:
         self._prompts = PromptReader(cache, cache_length, device) if settings.capture else None
         self._layout: Hashable = None
         self._model_facts: Hashable = None
-        self._hooked = False
+        self._heard = False
 
     def refresh(self, model: nn.Module) -> None:
         """Drop the graphs if the model is not what it was: weights replaced, hooks added, settings changed."""
@@ -85,7 +89,7 @@ class DecodeStep:
         if self._model_facts == current:
             return
         self._model_facts = current
-        self._hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        self._heard = _heard(model)
         if self._replay is not None:
             self._replay.reset()
         if self._prompts is not None:
@@ -95,16 +99,16 @@ class DecodeStep:
         """Fill the cache with a short prompt ``[batch, length]``.
 
         Returns:
-            Scores of the first token, ``[batch, vocabulary]``, or None and nothing done if it is not one to capture.
+            Scores of the first token, ``[batch, vocabulary]``, or None if it is not one to capture; the cache is
+            to be filled in another way then.
         """
-        if self._prompts is None or input_ids.device != self.output.device:
+        if self._prompts is None:
             return None
         inputs = self._prompts.inputs(model, input_ids, model_kwargs)
         if inputs is None:
             return None
         self.refresh(model)
-        if self._hooked:
-            # Whoever listens wants to hear of the prompt.
+        if self._heard or _GLOBAL._global_forward_hooks or _GLOBAL._global_forward_pre_hooks:
             return None
         logits, replayed = self._prompts.read(model, inputs)
         if not replayed:
@@ -217,6 +221,16 @@ class DecodeStep:
         self._generated.add_(1)
         self._report[:-2] = tokens
         self._report[-2:-1] = self._unfinished.any()
+
+
+def _heard(model: nn.Module) -> bool:
+    """Whether somebody listens to modules of the model, who will want to hear of prompts."""
+    hooks = [
+        hook for m in model.modules() for each in (m._forward_hooks, m._forward_pre_hooks) for hook in each.values()
+    ]
+    # Transformers leaves its own in place; they do nothing unless a call asks for hidden states.
+    own = output_capturing.__name__
+    return hooked(model) or any(getattr(hook, "__module__", None) != own for hook in hooks)
 
 
 def _scores(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -182,6 +182,11 @@ class GuidedLinear(nn.Module):
             for (tensor, version), (other, before) in zip(now, self._dense_source, strict=True)
         )
 
+    @property
+    def copied_versions(self) -> tuple[int, ...]:
+        """How often what the dense copy is made of has been changed in place; empty without a copy."""
+        return () if self._dense is None else tuple(version_of(tensor) for tensor, _ in self._dense_source)
+
     def _source(self) -> list[tuple[Tensor, int]]:
         """What the dense copy is made of, and how often that was changed in place; nothing where torch compiles."""
         tensors = (self.weight, self.lut, self.overlay_values, self.overlay_columns)

@@ -13,8 +13,6 @@ from torch._dynamo import exc
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 
-from ..nn import GuidedLinear
-
 logger = logging.getLogger(__name__)
 
 # More variants of one function than torch keeps: adapters, say, that are switched on one after the other.
@@ -72,7 +70,8 @@ def model_facts(model: nn.Module) -> Hashable:
                 found.append((name, configs[id(value)]))
             else:
                 found.append((name, facts(value)))
-        if isinstance(module, GuidedLinear):
+        # Of layers that keep copies of what may be changed in place.
+        if hasattr(type(module), "copied_versions"):
             found.append(module.copied_versions)
     return tuple(found)
 

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
+from hf_guidedquant.config import PRESETS
 from hf_guidedquant.evaluate import compare, perplexity, token_ids
 from hf_guidedquant.pictures import perplexity_curves
 
@@ -48,7 +49,8 @@ LADDER: dict[str, dict[str, Any]] = {
     "sweep + LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
     "sweep + LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
     "sweep + LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
-    "fast": {"preset": "fast", "num_samples": 32},
+    # With the preset's own number of rows, whatever the others have.
+    "fast": {"preset": "fast", "num_samples": PRESETS["fast"]["num_samples"]},
     "best": {"preset": "best"},
     "curvature + best": {"preset": "best", "output_curvature": True},
 }

@@ -64,6 +64,7 @@ def test_without_a_base_nothing_is_said_of_one(base):
         ({"method": "rtn"}, "round to nearest"),
         ({"method": "gptq", "guided": False, "distill": True}, "GPTQ, codebooks distilled"),
         ({"guided": False, "reconstruct": True, "distill": True}, "LNQ, blocks reconstructed, codebooks distilled"),
+        ({"guided": False, "reconstruct": {"codes": False}}, "LNQ, codebooks reconstructed block by block"),
     ],
 )
 def test_the_table_tells_how_the_model_was_made(settings, method):

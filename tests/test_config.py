@@ -117,6 +117,8 @@ def test_latent_weights_have_a_rate_and_a_decay_of_their_own():
     with pytest.raises(ConfigError, match=r"latent_decay.*a number from 0 to 1"):
         GuidedQuantConfig(reconstruct={"latent_decay": 1.1})
     assert GuidedQuantConfig(reconstruct={"latent_decay": 0}).reconstruct_spec.latent_decay == 0
+    with pytest.raises(ConfigError, match=r"reconstruct\['codes'\] = 0 .*True or False"):
+        GuidedQuantConfig(reconstruct={"codes": 0})
 
 
 @pytest.mark.parametrize("training", SPECS)

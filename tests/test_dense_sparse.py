@@ -268,7 +268,15 @@ def test_codewords_of_outliers_get_their_gradients_too():
         assert float((trained.codebook.grad - codebook.grad).abs().max()) <= bound
 
 
-@pytest.mark.parametrize("training", [{"distill": {"epochs": 1}}, {"reconstruct": {"epochs": 2, "batch_tokens": 64}}])
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"distill": {"epochs": 1}},
+        {"reconstruct": {"epochs": 2, "batch_tokens": 64}},
+        {"reconstruct": {"epochs": 2, "batch_tokens": 64, "codes": False}},
+    ],
+    ids=str,
+)
 def test_training_goes_around_the_overlay(training):
     solved, trained = quantized(), quantized(**training)
     after, moved = trained.state_dict(), 0

@@ -71,17 +71,22 @@ def test_memory_of_long_rows_within_15_percent(guided):
     assert planned == pytest.approx(dense + used.peak(), rel=0.15)
 
 
+@pytest.mark.parametrize("codes", [True, False])
 @pytest.mark.parametrize("tokens", [33, 512])
 @pytest.mark.parametrize("method", ["rtn", "lnq"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_memory_of_a_reconstruction_is_at_most_half_less(architecture, method, tokens):
+def test_memory_of_a_reconstruction_is_at_most_half_less(architecture, method, tokens, codes):
     model = tiny_model(architecture)
     if architecture == "llama":
         model.config.max_position_embeddings = 1024
     else:
         tokens = min(tokens, 64)
     settings = config(
-        method=method, dataset=token_rows(8, tokens), seq_len=tokens, num_groups=1, reconstruct={"epochs": 1}
+        method=method,
+        dataset=token_rows(8, tokens),
+        seq_len=tokens,
+        num_groups=1,
+        reconstruct={"epochs": 1, "codes": codes},
     )
     dense, planned = size_of(model), plan(model, settings).memory["cpu"]
     with Memory() as used:
@@ -237,9 +242,11 @@ def test_more_work_takes_more_time():
     def seconds(**changes):
         return hf_guidedquant.plan(model, config(**changes)).seconds
 
-    few, many = (seconds(method="rtn", reconstruct={"epochs": n}, distill={"epochs": n}) for n in (1, 100))
-    assert list(few) == ["solving", "reconstruction", "distillation"]
-    assert all(many[stage] > 5 * few[stage] > 0 for stage in ("reconstruction", "distillation"))
+    for codes in (True, False):
+        training = [{"reconstruct": {"epochs": n, "codes": codes}, "distill": {"epochs": n}} for n in (1, 100)]
+        few, many = (seconds(method="rtn", **settings) for settings in training)
+        assert list(few) == ["solving", "reconstruction", "distillation"]
+        assert all(many[stage] > 5 * few[stage] > 0 for stage in ("reconstruction", "distillation"))
     few, many = (seconds(lnq_sweeps=n) for n in (0, 100))
     assert many["solving"] > 3 * few["solving"] > 0
     few, many = (seconds(output_curvature=wanted) for wanted in (False, True))

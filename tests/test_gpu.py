@@ -88,11 +88,11 @@ def test_a_distillation_that_was_cut_off_gives_the_same_codebooks(epoch, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("home", ["cuda", "cpu"])
-def test_the_same_seed_gives_the_same_reconstructed_blocks(dtype, home):
+@pytest.mark.parametrize(("home", "codes"), [("cuda", True), ("cpu", True), ("cuda", False)])
+def test_the_same_seed_gives_the_same_reconstructed_blocks(dtype, home, codes):
     """Also with weights that wait on the CPU and are on the GPU for their block's turn only."""
     dense = tiny_model().to(home, dtype)
-    training = {"batch_tokens": 64, "epochs": 8, "learning_rate": 0.02, "latent_learning_rate": 0.01}
+    training = {"batch_tokens": 64, "epochs": 8, "learning_rate": 0.02, "latent_learning_rate": 0.01, "codes": codes}
     settings = config(dataset=token_rows(4) * 2, reconstruct=training)
     first, second = (hf_guidedquant.quantize(copy.deepcopy(dense), settings) for _ in range(2))
     assert any(block.kept for block in first.quantization_report.reconstruction.blocks)

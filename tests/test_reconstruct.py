@@ -18,6 +18,7 @@ from hf_guidedquant.errors import ModelError
 from hf_guidedquant.nn import LatentLinear, quantized_modules
 from hf_guidedquant.training import Divergence, reconstruction, teacher_states
 from hf_guidedquant.training.steps import Steps
+from hf_guidedquant.triton_kernels import unpack_codes
 
 GENTLE = {"batch_tokens": 64, "epochs": 8, "learning_rate": 0.02, "latent_learning_rate": 0.01}
 PROMPT = torch.arange(2, 20)[None]
@@ -85,6 +86,30 @@ def test_the_errors_told_are_those_of_the_blocks():
         assert report.trained > report.solved
         error = float((found - wanted).square().sum() / wanted.square().sum())
         assert report.solved == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_codebooks_alone_are_trained(bits):
+    """Weights that shared a codeword still do, and divergence falls on text that was never seen."""
+    original = trained_model()
+    unseen = list(held_out_ids().view(-1, ROW))
+    plain, model = (
+        hf_guidedquant.quantize(copy.deepcopy(original), trained_config(bits=bits, reconstruct=how))
+        for how in (False, {"codes": False, "batch_tokens": 512})
+    )
+    solved, trained = quantized_modules(plain), quantized_modules(model)
+    for name, layer in solved.items():
+        codes = unpack_codes(layer.bit_planes(), layer.in_features).long()
+        weight = trained[name].dequantize()
+        codewords = torch.zeros(len(weight), 2**bits, dtype=weight.dtype).scatter(1, codes, weight)
+        assert torch.equal(codewords.gather(1, codes), weight), name
+        assert not torch.equal(weight, layer.dequantize()), name
+        assert (trained[name].lut.diff(dim=-1) >= 0).all()
+    assert all(block.kept and block.moved == 0 for block in model.quantization_report.reconstruction.blocks)
+    before, after = (
+        Divergence(m, unseen, teacher_states(original, unseen)).mean(range(len(unseen))) for m in (plain, model)
+    )
+    assert after < before
 
 
 def test_a_block_reads_what_the_trained_block_before_it_gives():

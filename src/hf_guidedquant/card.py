@@ -130,9 +130,11 @@ def _method(settings: Mapping[str, Any]) -> str:
         parts.append("guided by the end loss ([GuidedQuant](https://arxiv.org/abs/2505.07004))")
     if settings["outliers"]:
         parts.append(f"{settings['outliers']:.2%} of the weights kept beside the codes")
-    parts += ["blocks reconstructed"] * bool(settings["reconstruct"]) + ["codebooks distilled"] * bool(
-        settings["distill"]
-    )
+    if settings["reconstruct"]:
+        codes = settings["reconstruct"].get("codes", True)
+        parts.append("blocks reconstructed" if codes else "codebooks reconstructed block by block")
+    if settings["distill"]:
+        parts.append("codebooks distilled")
     return ", ".join(parts)
 
 

@@ -98,6 +98,7 @@ class ReconstructSpec:
     """How codes and codebooks are trained block by block after solving, to give what the original blocks give.
 
     Args:
+        codes: Whether codes move, too; else codebooks alone are trained, in less memory.
         epochs: Passes over the calibration rows, for every block. 1-100.
         learning_rate: Largest step of AdamW for codebooks, in units of a layer's mean distance between neighbouring
             codewords. Positive, at most 1.
@@ -112,6 +113,7 @@ class ReconstructSpec:
         ConfigError: A value is outside its range.
     """
 
+    codes: bool = True
     epochs: int = 8
     learning_rate: float = 0.005
     latent_learning_rate: float = 0.02
@@ -121,6 +123,7 @@ class ReconstructSpec:
 
     def __post_init__(self) -> None:
         _check_training("reconstruct", self)
+        _check_bool("reconstruct['codes']", self.codes)
         _check_positive("reconstruct['latent_learning_rate']", self.latent_learning_rate, 1)
         _check_share("reconstruct['latent_decay']", self.latent_decay, 1)
 
@@ -175,8 +178,9 @@ class GuidedQuantConfig(QuantizationConfigMixin):
             paper. 0-0.1.
         reconstruct: Train codes and codebooks block by block after solving, on the same rows: every quantized decoder
             block learns to give what the original block gives. ``True`` for the settings of :class:`ReconstructSpec`,
-            or a dictionary of those that are to be others. Kept as ``False`` or the dictionary of all. Hidden states
-            wait in CPU memory: three rows of ``hidden_size`` numbers per token.
+            or a dictionary of those that are to be others, e.g. ``{"codes": False}`` for codebooks alone. Kept as
+            ``False`` or the dictionary of all. Hidden states wait in CPU memory: three rows of ``hidden_size`` numbers
+            per token.
         distill: Train the codebooks end to end after that, on the same rows: the quantized model learns the token
             distribution of the original. ``True`` for the settings of :class:`DistillSpec`, or a dictionary of those
             that are to be others, e.g. ``{"epochs": 4}``. Kept as ``False`` or the dictionary of all. The original's

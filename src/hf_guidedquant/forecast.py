@@ -217,7 +217,8 @@ class _Run:
     def _reconstruction(self, spec: ReconstructSpec) -> Counter[torch.device]:
         """Bytes beside the weights."""
         stack = self._stack(spec)
-        need = self._footprint(self._trained).reconstruction(stack, self._products(self._device).itemsize)
+        itemsize = self._products(self._device).itemsize
+        need = self._footprint(self._trained).reconstruction(stack, itemsize, WEIGHTS_AT_A_TIME, spec.codes)
         # The original's and the quantized blocks'. What leaves a block takes the place of what entered it, on a GPU.
         need[_HOST] += (2 if self._device.type == "cuda" else 3) * self._waiting(self._drawn.border)
         return need

@@ -88,12 +88,16 @@ def reconstruction_seconds(
     stack = min(stack_size(drawn.tokens, spec.batch_tokens), rows - kept)
     forward, backward = machine.forward(drawn, stack), machine.backward(drawn, stack)
     trained = (rows - kept) * spec.epochs
-    steps = trained * drawn.tokens / max(spec.batch_tokens, drawn.tokens)
-    each = sum(machine.seconds(0, _STEP_BYTES * layer.weights) for layer in layers)
     # All rows through the original and the quantized blocks, and those held back through blocks before and after.
     through = 2 * (rows + kept) * forward
-    weights = _weight_gradients(machine, drawn, layers, stack) / stack
-    return through + trained * (forward + backward + weights) + steps * each
+    weights = _weight_gradients(machine, drawn, layers, stack)
+    if spec.codes:
+        steps = trained * drawn.tokens / max(spec.batch_tokens, drawn.tokens)
+        expanding = steps * sum(machine.seconds(0, _STEP_BYTES * layer.weights) for layer in layers)
+    else:
+        once, summed = _codebook_seconds(machine, layers)
+        expanding = trained / stack * (2 * once + summed)
+    return through + trained * (forward + backward + weights / stack) + expanding
 
 
 def distillation_seconds(
@@ -111,11 +115,7 @@ def distillation_seconds(
     """
     kept = held_back(rows, spec.held_back)
     stack = min(stack_size(drawn.tokens, spec.batch_tokens), rows - kept)
-    expanding, summing = {}, {}
-    for bits in {layer.bits for layer in layers}:
-        expanding[bits], summing[bits] = _seconds_per_weight(machine, bits)
-    once = sum(expanding[layer.bits] * layer.weights for layer in layers)
-    summed = sum(summing[layer.bits] * layer.weights for layer in layers)
+    once, summed = _codebook_seconds(machine, layers)
     weights = _weight_gradients(machine, drawn, layers, stack) + summed
     vocabulary, hidden = head
     product = machine.seconds(2 * drawn.tokens * vocabulary * hidden, 0)
@@ -163,6 +163,13 @@ def _solver_rate(layer: LayerPlan, count: int, config: GuidedQuantConfig, device
     spec = solver_spec(sample, config, torch.float16)
     with reproducible():
         return solver_work(sample) / _seconds(lambda: solve(layer.method, weight, hessian, spec, factors), device, 2)
+
+
+def _codebook_seconds(machine: Machine, layers: Sequence[LayerPlan]) -> tuple[float, float]:
+    """To expand the codes of all layers to weights, and to sum gradients of all weights by their codes."""
+    rates = {bits: _seconds_per_weight(machine, bits) for bits in {layer.bits for layer in layers}}
+    once, summed = (sum(rates[layer.bits][which] * layer.weights for layer in layers) for which in range(2))
+    return once, summed
 
 
 def _seconds_per_weight(machine: Machine, bits: int) -> tuple[float, float]:

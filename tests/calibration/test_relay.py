@@ -9,6 +9,7 @@ import hf_guidedquant
 from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.calibration import Footprint, LayerStatistics, Relay, divide, outline
 from hf_guidedquant.calibration import gather as gather_segment
+from hf_guidedquant.calibration.footprint import has_twin
 from hf_guidedquant.errors import CalibrationError, ModelError
 from hf_guidedquant.linears import dense_weight
 from hf_guidedquant.plan import plan_layers
@@ -212,8 +213,12 @@ def test_layers_that_read_the_same_share_a_hessian_without_gradients(rows):
         f"{layer}self_attn.v_proj": f"{layer}self_attn.q_proj",
         f"{layer}mlp.up_proj": f"{layer}mlp.gate_proj",
     }
-    assert not outline(model, rows[0].numel(), True, stay).twins
     layers = plan_layers(model, config).layers
+    guided = outline(model, rows[0].numel(), True, stay)
+    assert guided.twins == drawn.twins
+    planned = {layer.name: layer for layer in layers}
+    assert sum(has_twin(layer, planned, drawn) for layer in layers) == 6
+    assert not any(has_twin(layer, planned, guided) for layer in layers)
     footprint = Footprint(model, layers, drawn, stay)
     relay = Relay(model, drawn, [(0, 2)], rows, guided=False)
     found = gather_segment(model, relay, 0, layers, config)

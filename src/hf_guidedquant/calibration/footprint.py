@@ -95,7 +95,7 @@ class Footprint:
             found[device] += max(weights + row, self._solver(here, device))
         return found
 
-    def reconstruction(self, rows: int, itemsize: int) -> Counter[torch.device]:
+    def reconstruction(self, rows: int, itemsize: int, chunk: int, codes: bool) -> Counter[torch.device]:
         """Bytes that training the largest block takes at most, beside what is always there.
 
         An upper bound: what rows take is what they do with gradients all the way, which here begin at the first layer.
@@ -103,17 +103,23 @@ class Footprint:
         Args:
             rows: That go through the block together.
             itemsize: Bytes of a number in products.
+            chunk: Numbers of a weight gradient that exist at a time, where codes stay.
+            codes: Whether they move.
         """
         found = Counter[torch.device]()
         for number, layers in enumerate(self.layers if self.outline.blocks else []):
-            row = self.outline.block_bytes(number)
             for device in {device for device, _ in self._kinds[number]}:
-                sizes = [layer.weights for layer in layers]
-                # Where a latent weight starts, how far it has moved, the gradient and its two moments; its code and
-                # codeword.
-                kept = (20 + 1 + itemsize) * sum(sizes)
-                # Codes on the way to codewords, one layer at a time.
-                need = self._moved[device] + self._block_moved[number][device] + kept + 16 * max(sizes) + rows * row
+                row = self.outline.block_bytes(number) if codes else self._row(number, itemsize)
+                if codes:
+                    sizes = [layer.weights for layer in layers]
+                    # Where a latent weight starts, how far it has moved, the gradient and its two moments; its code
+                    # and codeword. And codes on the way to codewords, one layer at a time.
+                    need = (20 + 1 + itemsize) * sum(sizes) + 16 * max(sizes)
+                else:
+                    # Codes as they were solved and as they are trained, and a codebook, its gradient and its moments.
+                    need = sum(2 * layer.packed_bytes + 16 * layer.out_features * 2**layer.bits for layer in layers)
+                    need += max(self._expanded(layer, device, rows, itemsize, chunk) for layer in layers)
+                need += self._moved[device] + self._block_moved[number][device] + rows * row
                 found[device] = max(found[device], need)
         return found
 
@@ -145,7 +151,7 @@ class Footprint:
         """
         found, work = self._visiting(), Counter[torch.device]()
         for layer in chain(*self.layers):
-            device, tokens = self._devices[layer.name], self.outline.reads.get(layer.name, self.outline.tokens)
+            device = self._devices[layer.name]
             found[device] += layer.packed_bytes
             if layer.name == vocabulary[1]:
                 logits += itemsize * layer.weights
@@ -155,11 +161,7 @@ class Footprint:
                 continue
             # A codebook, its gradient, the two moments of that, and the best one so far.
             found[device] += 20 * layer.out_features * 2**layer.bits
-            # The gradient of a part of the weight, its codes, and where they are the one that is summed; without
-            # tensor cores, activations and gradients of the outputs in fp32 besides.
-            wide = 0 if device.type == "cuda" or itemsize > 2 else 4 * rows * tokens
-            summing = 10 * min(layer.weights, chunk) + wide * (layer.in_features + layer.out_features)
-            work[device] = max(work[device], summing, itemsize * layer.weights)
+            work[device] = max(work[device], self._expanded(layer, device, rows, itemsize, chunk))
         border = rows * self.outline.border
         behind = rows * self.outline.before + (self.count + 3) * border + logits
         for device in self._everywhere():
@@ -168,6 +170,15 @@ class Footprint:
             most = max(number * border + rows * self._row(number, itemsize) for number in numbers) + work[device]
             found[device] += max(most, behind if numbers[-1] == self.count - 1 else 0)
         return found
+
+    def _expanded(self, layer: LayerPlan, device: torch.device, rows: int, itemsize: int, chunk: int) -> int:
+        """Bytes of what exists for a moment while a codebook is trained: the weight, or its gradient in parts."""
+        tokens = self.outline.reads.get(layer.name, self.outline.tokens)
+        # The gradient of a part of the weight, its codes, and where they are the one that is summed; without tensor
+        # cores, activations and gradients of the outputs in fp32 besides.
+        wide = 0 if device.type == "cuda" or itemsize > 2 else 4 * rows * tokens
+        summing = 10 * min(layer.weights, chunk) + wide * (layer.in_features + layer.out_features)
+        return max(summing, itemsize * layer.weights)
 
     def _visiting(self) -> Counter[torch.device]:
         """Bytes of all weights that are moved to where the work is done."""
@@ -190,7 +201,8 @@ class Footprint:
         drawn = self.outline
         if not drawn.blocks:
             return drawn.row_bytes([])
-        read = sum(drawn.reads.get(layer.name, drawn.tokens) * layer.in_features for layer in self.layers[number])
+        different = [layer for layer in self.layers[number] if layer.name not in drawn.twins]
+        read = sum(drawn.reads.get(layer.name, drawn.tokens) * layer.in_features for layer in different)
         return drawn.block_bytes(number) + read * itemsize
 
     def _solver(self, blocks: Sequence[int], device: torch.device) -> int:
@@ -205,7 +217,9 @@ class Footprint:
 
 
 def has_twin(layer: LayerPlan, others: Mapping[str, LayerPlan], drawn: Outline) -> bool:
-    """Whether one of the others has the very same statistics."""
+    """Whether one of the others has the very same statistics: where gradients weigh the tokens, none has."""
+    if drawn.guided:
+        return False
     twin = others.get(drawn.twins.get(layer.name, ""))
     return twin is not None and twin.statistics == layer.statistics
 

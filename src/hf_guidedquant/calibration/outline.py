@@ -47,8 +47,8 @@ class Outline:
         outputs: Of every block: None if it gives a tensor, the length if a tuple, of which the first are the states.
         places: Name of a module -> number of the block that it runs in. What runs before the blocks counts to the
             first, what runs after them to the last.
-        twins: Linear module -> an earlier one that reads the very same activations, as q, k and v do. Only without a
-            backward pass: where no gradient weighs the tokens, their Hessians are the same too.
+        twins: Linear module -> an earlier one that reads the very same activations, as q, k and v do.
+        guided: Whether the row was run backward, too.
         tokens: Length of the row.
         reads: Linear module -> tokens of the row that it reads; of an expert, if all experts read as many.
         before: Bytes that are there when the first block starts.
@@ -64,6 +64,7 @@ class Outline:
     outputs: tuple[int | None, ...] = ()
     places: dict[str, int] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
+    guided: bool = False
     tokens: int = 0
     reads: dict[str, int] = field(default_factory=dict)
     before: int = 0
@@ -281,8 +282,7 @@ class _Watch:
             self._places[name] = max(0, len(self._blocks) - 1)
             if is_linear(module):
                 self._reads_of[name] = args[0].shape[:-1].numel()
-                if not self._guided:
-                    self._reads(name, args[0])
+                self._reads(name, args[0])
 
         return runs
 
@@ -342,6 +342,7 @@ class _Watch:
             outputs=tuple(block.output for block in blocks),
             places=self._places,
             twins=self._twins,
+            guided=self._guided,
             tokens=self._tokens,
             reads=self._reads_of,
             before=blocks[0].start,

@@ -13,7 +13,7 @@ from .surgery import (
     replace_module,
     without_copies,
 )
-from .trained_linear import WEIGHTS_AT_A_TIME, TrainedLinear, codebook_gradient
+from .trained_linear import WEIGHTS_AT_A_TIME, TrainedLinear, codebook_gradient, spacing
 from .vocabulary import refuse_resizing, tie_codes, tied_pairs, untie_codebooks
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "refuse_resizing",
     "replace_module",
     "scale_of",
+    "spacing",
     "sums_by_code",
     "tie_codes",
     "tied_pairs",

@@ -66,11 +66,6 @@ class LatentLinear(nn.Module):
         """Sort the codebook after a step. Latent numbers keep their places; their codewords may be others then."""
         self.codebook.copy_(self.codebook.sort(dim=-1).values)
 
-    @property
-    def spacing(self) -> float:
-        """Mean distance between neighbouring codewords."""
-        return float(self.codebook.detach().diff(dim=-1).abs().mean())
-
     def quantized(self) -> GuidedLinear:
         """The layer as it is now."""
         lut = stored(self.codebook, self.lut_dtype)

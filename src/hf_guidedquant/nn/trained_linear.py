@@ -66,6 +66,11 @@ def stored(codebook: Tensor, dtype: torch.dtype) -> Tensor:
     return codebook.detach().clamp(-limit, limit).to(dtype)
 
 
+def spacing(codebook: Tensor) -> float:
+    """Mean distance between neighbouring codewords of an ascending codebook, the unit of steps in training."""
+    return float(codebook.detach().diff(dim=-1).abs().mean())
+
+
 class _Product(torch.autograd.Function):
     """``x Wᵀ``. ``W`` is expanded whenever it is needed and never kept."""
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import tqdm
 from ..calibration.collector import input_device
 from ..config import DistillSpec
 from ..linears import stored_weight, vocabulary_layers
-from ..nn import TrainedLinear, quantized_modules, replace_module
+from ..nn import TrainedLinear, quantized_modules, replace_module, spacing
 from ..replay import worth_graphs
 from ..running import (
     checkpointed,
@@ -54,9 +54,15 @@ class DistillReport:
 
     def describe(self) -> str:
         """One line for readers."""
+        solved, kept = self.held_back[0], self.held_back[self.best_epoch]
+        if not self.best_epoch:
+            return (
+                f"KL to the original {solved:.4f} nats per token on {self.held_back_rows} rows held back; none of "
+                f"{len(self.trained)} epochs was better than that, a smaller learning_rate may be"
+            )
         return (
-            f"KL to the original {self.held_back[0]:.4f} -> {self.held_back[self.best_epoch]:.4f} nats per token on "
-            f"{self.held_back_rows} rows held back (epoch {self.best_epoch} of {len(self.trained)})"
+            f"KL to the original {solved:.4f} -> {kept:.4f} nats per token on {self.held_back_rows} rows held back "
+            f"(epoch {self.best_epoch} of {len(self.trained)})"
         )
 
 
@@ -201,8 +207,7 @@ def _trained_codebooks(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 def _groups(codebooks: Sequence[nn.Parameter], learning_rate: float) -> list[dict[str, Any]]:
     """A group per layer, with its largest step."""
-    spacings = [float(codebook.detach().diff(dim=-1).abs().mean()) for codebook in codebooks]
-    return [{"params": [c], "largest": learning_rate * d} for c, d in zip(codebooks, spacings, strict=True)]
+    return [{"params": [codebook], "largest": learning_rate * spacing(codebook)} for codebook in codebooks]
 
 
 def _copy(codebooks: Sequence[nn.Parameter]) -> list[Tensor]:

@@ -1,9 +1,10 @@
-"""Decoder blocks trained one after the other: codes and codebooks learn to give what the original block gives.
+"""Decoder blocks trained one after the other: their layers learn to give what the original block gives.
 
 Layer-wise solutions do not know what their neighbours have lost. Here every block reads what the quantized blocks
 before it give, and its quantized layers are trained until it gives what the original gives, as near as can be: the
-loss is the squared error of the hidden states that leave it. Codes move by straight-through gradients of latent
-weights (block-wise reconstruction as in BRECQ, Li et al. 2021, and EfficientQAT, Chen et al. 2024, here on codebooks).
+loss is the squared error of the hidden states that leave it (block-wise reconstruction as in BRECQ, Li et al. 2021,
+and EfficientQAT, Chen et al. 2024, here on codebooks). Codebooks are trained, and codes move by straight-through
+gradients of latent weights, or stay.
 One block's weights are trained at a time, so that it takes little memory whatever the size of the model.
 """
 
@@ -11,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from ..calibration import Outline, Passage, Shelf
 from ..config import ReconstructSpec
 from ..errors import ModelError
 from ..linears import dense_weight, vocabulary_layers
-from ..nn import GuidedLinear, LatentLinear, replace_module
+from ..nn import GuidedLinear, LatentLinear, TrainedLinear, replace_module, spacing
 from ..replay import stacked, worth_graphs
 from ..running import mixed_precision, repeatable_backward, rows_of_their_own
 from ..triton_kernels import unpack_codes
@@ -152,16 +154,14 @@ class _Block:
     ) -> TrainedBlock:
         """The solved layers, trained on some rows, and what that did to others; ``report`` is told of tokens done."""
         solved = _modules(self.model, layers, self.passage.device)
-        latent = {
-            layer: LatentLinear(module, dense_weight(self.model.get_submodule(layer)).to(self.passage.device))
-            for layer, module in solved.items()
-        }
-        with _in_their_places(self.model, latent):
+        trainable = {layer: self._trainable(layer, module) for layer, module in solved.items()}
+        with _in_their_places(self.model, trainable):
             before = self._error(held_back)
-            self._optimize(list(latent.values()), self._usable(training), generator, report)
+            self._optimize(list(trainable.values()), self._usable(training), generator, report)
             after = self._error(held_back)
-        trained = {layer: module.quantized() for layer, module in latent.items()}
-        told = workers.tell(BlockReport(name, before, after, _moved(solved, trained)), 0)
+        trained = {layer: module.quantized() for layer, module in trainable.items()}
+        moved = _moved(solved, trained) if self.spec.codes else 0.0
+        told = workers.tell(BlockReport(name, before, after, moved), 0)
         logger.info("Reconstructed %s: error %.4f -> %.4f", name, told.solved, told.trained)
         found: Layers = {}
         for layer, module in trained.items() if told.kept else ():
@@ -170,25 +170,24 @@ class _Block:
             found[layer] = {"weight": module.weight.data.cpu(), "lut": module.lut.data.cpu()}
         return TrainedBlock(told, found)
 
+    def _trainable(self, name: str, layer: GuidedLinear) -> TrainedLinear | LatentLinear:
+        if not self.spec.codes:
+            return TrainedLinear(layer)
+        return LatentLinear(layer, dense_weight(self.model.get_submodule(name)).to(self.passage.device))
+
     def _optimize(
         self,
-        layers: Sequence[LatentLinear],
+        layers: Sequence[TrainedLinear | LatentLinear],
         which: Sequence[int],
         generator: torch.Generator,
         report: Callable[[int], object],
     ) -> None:
         spec = self.spec
-        groups = [
-            {"params": [parameter], "largest": step * layer.spacing, "decay": decay}
-            for layer in layers
-            for parameter, step, decay in (
-                (layer.codebook, spec.learning_rate, 0.0),
-                (layer.shift, spec.latent_learning_rate, spec.latent_decay),
-            )
-        ]
+        groups = [group for layer in layers for group in _groups(layer, spec)]
+        latent = [layer for layer in layers if isinstance(layer, LatentLinear)]
 
         def settle() -> None:
-            for layer in layers:
+            for layer in latent:
                 layer.settle()
 
         device = self.passage.device
@@ -202,7 +201,7 @@ class _Block:
         )
         done, total = 0, spec.epochs * sum(self.rows[index].numel() for index in which)
         with ExitStack() as stack:
-            stack.enter_context(_only_these(self.model, layers))
+            stack.enter_context(_only_these(self.model, groups))
             stack.enter_context(repeatable_backward(device, lambda: steps.try_out(*self._inputs(which[:1]))))
             for _ in range(spec.epochs):
                 for batch in batches(self.rows, shuffled(which, generator), spec.batch_tokens):
@@ -280,10 +279,20 @@ def _in_their_places(model: nn.Module, layers: Mapping[str, nn.Module]) -> Itera
             replace_module(model, name, module)
 
 
+def _groups(layer: TrainedLinear | LatentLinear, spec: ReconstructSpec) -> list[dict[str, Any]]:
+    """A group for the codebook, and one for the latent numbers if codes move, each with its largest step."""
+    unit = spacing(layer.codebook)
+    groups: list[dict[str, Any]] = [{"params": [layer.codebook], "largest": spec.learning_rate * unit}]
+    if isinstance(layer, LatentLinear):
+        step = spec.latent_learning_rate * unit
+        groups.append({"params": [layer.shift], "largest": step, "decay": spec.latent_decay})
+    return groups
+
+
 @contextmanager
-def _only_these(model: nn.Module, layers: Sequence[LatentLinear]) -> Iterator[None]:
-    """Gradients of the layers' codebooks and latent numbers only."""
-    trained = {id(parameter) for layer in layers for parameter in (layer.codebook, layer.shift)}
+def _only_these(model: nn.Module, groups: Sequence[dict[str, Any]]) -> Iterator[None]:
+    """Gradients of the groups' parameters only."""
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in trained]
     try:
         for parameter in others:

@@ -110,12 +110,15 @@ def undecided(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Pl
 
 
 def one_pass_serves(layers: Sequence[LayerPlan], undecided: Sequence[LayerPlan]) -> list[LayerPlan] | None:
-    """The layers with what a pass takes that serves the choice of widths as well; None if their methods see too little.
+    """The layers with what a pass takes that serves the choice of widths as well.
 
     If all of that fits in memory at once, there is no need for a pass for the diagonals.
+
+    Returns:
+        None if no widths are to be chosen, or methods see too little of the data for that.
     """
     names = {layer.name for layer in undecided}
-    if any(layer.statistics == "none" for layer in layers if layer.name in names):
+    if not names or any(layer.statistics == "none" for layer in layers if layer.name in names):
         return None
     # LNQ's k-means is that of the choice, which other methods may not have room for beside the Hessians.
     return [replace(layer, method="lnq") if layer.statistics == "hessian" else layer for layer in layers]

@@ -201,7 +201,7 @@ class _Run:
     def _passes(self) -> list[tuple[Sequence[LayerPlan], Counter[torch.device], int]]:
         """Layers, bytes beside the weights and segments of every pass over the data; the last one is the solver's."""
         layers = self.decided.layers
-        both = one_pass_serves(layers, self._undecided) if self._undecided else None
+        both = one_pass_serves(layers, self._undecided)
         if both is not None and fit_at_once(self._footprint(self._drawn, both), self._config):
             return [self._calibration(both)]
         return [self._calibration(part) for part in (self._undecided, layers) if part or part is layers]

@@ -310,8 +310,7 @@ def _common(
 
 def _one_pass(model: PreTrainedModel, config: GuidedQuantConfig, layers_plan: Plan, drawn: Outline) -> bool:
     """Whether widths are left open, and one pass serves both their choice and the solver."""
-    left_open = undecided(model, config, layers_plan)
-    layers = one_pass_serves(layers_plan.layers, left_open) if left_open else None
+    layers = one_pass_serves(layers_plan.layers, undecided(model, config, layers_plan))
     return layers is not None and fit_at_once(Footprint(model, layers, drawn, place_for(config)), config)
 
 

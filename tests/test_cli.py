@@ -150,6 +150,15 @@ def test_settings_reach_the_config():
     assert isinstance(cli._parser("").parse_args(["plan", "MODEL", "--bits", "3"]).bits, int)
 
 
+@pytest.mark.parametrize("command", [["plan", "MODEL"], ["quantize", "MODEL", "OUT"]])
+def test_settings_of_a_training_are_json(command):
+    given = ["--preset", "best", "--reconstruct", '{"codes": false}', "--no-distill"]
+    config = config_of(cli._parser("").parse_args([*command, *given]))
+    assert config == GuidedQuantConfig(preset="best", reconstruct={"codes": False}, distill=False)
+    with pytest.raises(SystemExit):
+        cli._parser("").parse_args([*command, "--distill", "{"])
+
+
 def test_a_dataset_of_the_hub_is_json():
     given = ["--dataset", '{"name": "me/chats", "split": "test"}', "--assistant-only-loss"]
     options = cli._parser("").parse_args(["quantize", "MODEL", "OUT", *given])

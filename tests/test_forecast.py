@@ -234,6 +234,12 @@ def test_a_probe_tells_the_time_and_the_table_tells_it_all():
     for expected in ("down_proj  2", "64 x 96", "1 left alone: output head", "GiB on cpu; 1 segment", "solving"):
         assert expected in few.table()
     assert "calibration" not in hf_guidedquant.plan(model, config(method="rtn")).seconds
+    assert (few.mean_bits, "mean" in few.table()) == (None, False)
+    mixed = hf_guidedquant.plan(model, config(bits=2.5), probe=False)
+    assert {layer.bits for layer in mixed.layers} == {3}
+    assert (
+        "bits: widths with a mean of 2.5 are chosen when the data has been read; until then 3 counts" in mixed.table()
+    )
 
 
 def test_more_work_takes_more_time():

@@ -86,6 +86,10 @@ def test_the_errors_told_are_those_of_the_blocks():
         assert report.trained > report.solved
         error = float((found - wanted).square().sum() / wanted.square().sum())
         assert report.solved == pytest.approx(error, rel=1e-4)
+        assert report.result == report.solved
+    mean = sum(report.solved for report in reports) / 2
+    line = model.quantization_report.reconstruction.describe()
+    assert line == f"error of a block {mean:.4f} -> {mean:.4f} on rows held back (0 of 2 blocks are better)"
 
 
 @pytest.mark.parametrize("bits", [2, 3])
@@ -105,7 +109,9 @@ def test_codebooks_alone_are_trained(bits):
         assert torch.equal(codewords.gather(1, codes), weight), name
         assert not torch.equal(weight, layer.dequantize()), name
         assert (trained[name].lut.diff(dim=-1) >= 0).all()
-    assert all(block.kept and block.moved == 0 for block in model.quantization_report.reconstruction.blocks)
+    report = model.quantization_report.reconstruction
+    assert all(block.kept and block.moved == 0 for block in report.blocks)
+    assert "codes" not in report.describe()
     before, after = (
         Divergence(m, unseen, teacher_states(original, unseen)).mean(range(len(unseen))) for m in (plain, model)
     )

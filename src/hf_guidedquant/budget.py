@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from .allocate import Item, allocate
 from .calibration import (
@@ -78,10 +79,13 @@ def within_budget(
     for number in relay.order:
         statistics |= gather(model, relay, number, segments[number].layers, config, store, workers, at_once)
     losses = {}
-    for layer in layers:
-        diagonal = (statistics[layer.name] if at_once else statistics.pop(layer.name)).diagonal_sum
-        weight = dense_weight(model.get_submodule(layer.name)).to(diagonal.device)
-        losses[layer.name] = {bits: _predicted_loss(weight, diagonal, bits, layer, config) for bits in widths}
+    total = sum(layer.weights for layer in layers)
+    with tqdm(total=total, desc="Choosing bits", unit="weight", unit_scale=True) as bar:
+        for layer in layers:
+            diagonal = (statistics[layer.name] if at_once else statistics.pop(layer.name)).diagonal_sum
+            weight = dense_weight(model.get_submodule(layer.name)).to(diagonal.device)
+            losses[layer.name] = {bits: _predicted_loss(weight, diagonal, bits, layer, config) for bits in widths}
+            bar.update(layer.weights)
     siblings = list(_siblings(layers))
     items = [
         Item(

@@ -30,6 +30,8 @@ _PLAN_FIELDS = (
     "outliers",
     "num_samples",
     "seq_len",
+    "reconstruct",
+    "distill",
     "max_memory",
     "device",
 )
@@ -38,11 +40,12 @@ _QUANTIZE_FIELDS = (
     "dataset",
     "assistant_only_loss",
     "seed",
-    "reconstruct",
-    "distill",
     "run_dir",
     "statistics",
 )
+# Fields that are False, True or settings.
+_TRAINING = ("reconstruct", "distill")
+_NOT = "not, whatever the preset says"
 # Without what the class takes but a command line cannot be given, and in a sentence what would need two.
 _TEXTS = {
     "bits": "Bits per weight, 1-8; a number with a point, like 2.5, is a mean that layers share out by the end loss.",
@@ -232,7 +235,11 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
         if field.default is not None:
             about += f" (default: {field.default})"
         parse: dict[str, Any] = {"type": _number if float in kinds else _integer if int in kinds else str}
-        if bool in kinds:
+        if name in _TRAINING:
+            parser.add_argument(f"--no-{name}", dest=name, default=argparse.SUPPRESS, action="store_false", help=_NOT)
+            about += " For other settings, JSON behind it."
+            parse = {"nargs": "?", "const": True, "metavar": "JSON", "type": _json}
+        elif bool in kinds:
             parse = {"action": argparse.BooleanOptionalAction}
         elif name == "method":
             parse = {"choices": METHODS}
@@ -243,8 +250,12 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
 
 
 def _dataset(text: str) -> str | dict[str, Any]:
+    return _json(text) if text.startswith("{") else text
+
+
+def _json(text: str) -> Any:
     try:
-        return json.loads(text) if text.startswith("{") else text
+        return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r:.200} is no JSON: {error}") from error
 

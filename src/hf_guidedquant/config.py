@@ -268,7 +268,7 @@ class GuidedQuantConfig(QuantizationConfigMixin):
         elif not 1 <= self.bits <= 8:
             raise ConfigError("bits", self.bits, "an integer, or a mean, from 1 to 8")
         elif not self.guided or self.method == "rtn":
-            raise ConfigError("bits", self.bits, "an integer from 1 to 8 without guided, and with rtn")
+            raise ConfigError("bits", self.bits, "an integer from 1 to 8 where guided is False or the method rtn")
         if self.embedding_bits is not None:
             check_bits("embedding_bits", self.embedding_bits)
         _check_int("num_groups", self.num_groups, 1, 1024)

@@ -1,5 +1,6 @@
 """What a run would do, before it does anything: decisions, sizes, memory, and time by a short probe of the machine."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,12 +38,15 @@ class Forecast(Plan):
         segments: Parts of the model that are calibrated and solved one after the other, for lack of memory for more.
         memory: Device -> the most bytes in use at a time, weights and hidden states that wait on the CPU included; what
             Python and its libraries take is not.
+        mean_bits: The mean that widths will be chosen for when the data has been read; until then layers count with
+            the next integer. None if there is nothing to choose.
         seconds: Stage, as in a report, -> time on this machine, reading and writing files left out. The choice of
             widths for a mean number of bits is part of ``"calibration"``. Empty without a probe.
     """
 
     segments: int = 1
     memory: dict[str, int] = field(default_factory=dict)
+    mean_bits: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def table(self) -> str:
@@ -61,6 +65,9 @@ class Forecast(Plan):
         rows = [["layer", "count", "out x in", "bits", "method", *(["outliers a row"] * sparse)]]
         rows += [[name, str(count), *rest] for (name, *rest), count in kinds.items()]
         lines = align(rows)
+        if self.mean_bits is not None:
+            chosen = f"bits: widths with a mean of {self.mean_bits:g} are chosen when the data has been read; "
+            lines.append(chosen + f"until then {math.ceil(self.mean_bits)} counts")
         reasons: dict[str, int] = {}
         for reason in self.skipped.values():
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -115,6 +122,7 @@ def _plan(subject: Any, config: GuidedQuantConfig, probe: bool) -> Forecast:
         **{part.name: getattr(run.decided, part.name) for part in fields(Plan)},
         segments=segments,
         memory={str(where): size for where, size in memory.items()},
+        mean_bits=config.bits if isinstance(config.bits, float) else None,
         seconds=run.seconds() if probe else {},
     )
 

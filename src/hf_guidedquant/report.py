@@ -147,8 +147,8 @@ def load_report(folder: str | os.PathLike) -> Report:
     file = Path(folder) / REPORT_FILE
     if not file.is_file():
         raise CheckpointError(
-            f"There is no readable report in {folder}: no {REPORT_FILE}, which is saved with a model that is quantized "
-            "here, and not with one that was converted."
+            f"There is no readable report in {folder}: no {REPORT_FILE}, which is saved by the process that quantizes "
+            "a model, and not with one that was loaded or converted."
         )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def obstacle(model: Any, cache: Any) -> str | None:
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
-        return "it was asked to use another kind of cache" if cache is not None else "it has no cache"
+        return "it was asked to use another kind of cache" if cache is not None else "it runs without a cache"
     if getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0:
         return "its cache is the caller's own"
     kinds = {type(layer).__name__ for layer in static_cache(model, 1).layers}

@@ -32,6 +32,11 @@ class BlockReport:
         """Whether training helped."""
         return self.trained < self.solved
 
+    @property
+    def result(self) -> float:
+        """The error of what was kept."""
+        return self.trained if self.kept else self.solved
+
 
 @dataclass(frozen=True)
 class TrainedBlock:
@@ -61,11 +66,12 @@ class ReconstructReport:
         count = len(self.blocks)
         if not count:
             return "no decoder block has quantized layers"
-        solved, trained = (sum(getattr(b, which) for b in self.blocks) / count for which in ("solved", "trained"))
+        solved, result = (sum(getattr(b, which) for b in self.blocks) / count for which in ("solved", "result"))
         moved = sum(block.moved for block in self.blocks if block.kept) / count
         better = sum(block.kept for block in self.blocks)
+        codes = f", {moved:.1%} of the codes moved" if moved else ""
         return (
-            f"error of a block {solved:.4f} -> {trained:.4f} on rows held back, {moved:.1%} of the codes moved "
+            f"error of a block {solved:.4f} -> {result:.4f} on rows held back{codes} "
             f"({better} of {count} blocks are better)"
         )
 

@@ -134,6 +134,7 @@ def quantized_by(tmp_path, method="lnq", **extra):
     done = launch(QUANTIZE, folder, str(Path(__file__).parent), str(folder), method, json.dumps(extra))
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("rows 10") == 2
+    assert done.stdout.count("[guidedquant] Calibration data") == 1
     return folder, [torch.load(folder / f"state{rank}.pt") for rank in range(2)]
 
 

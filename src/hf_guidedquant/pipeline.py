@@ -87,6 +87,7 @@ def _run(model: PreTrainedModel, config: GuidedQuantConfig, freshly_loaded: bool
     workers = Workers()
     if not workers.first:
         disable_progress_bar()
+        logging.getLogger(__package__).setLevel(logging.WARNING)
     layers_plan = plan_layers(model, config)
     _check_weights(model, config, freshly_loaded)
     if (embeddings := quantized_embeddings(model, layers_plan.layers)) is not None:

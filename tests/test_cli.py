@@ -157,6 +157,9 @@ def test_settings_of_a_training_are_json(command):
     assert config == GuidedQuantConfig(preset="best", reconstruct={"codes": False}, distill=False)
     with pytest.raises(SystemExit):
         cli._parser("").parse_args([*command, "--distill", "{"])
+    # A name behind the option is none of its settings.
+    options = cli._parser("").parse_args([command[0], "--distill", "--reconstruct", *command[1:]])
+    assert (options.model, options.reconstruct, options.distill) == ("MODEL", True, True)
 
 
 def test_a_dataset_of_the_hub_is_json():

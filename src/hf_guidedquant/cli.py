@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any
 
 from .errors import GuidedQuantError
@@ -45,7 +46,6 @@ _QUANTIZE_FIELDS = (
 )
 # Fields that are False, True or settings.
 _TRAINING = ("reconstruct", "distill")
-_NOT = "not, whatever the preset says"
 # Without what the class takes but a command line cannot be given, and in a sentence what would need two.
 _TEXTS = {
     "bits": "Bits per weight, 1-8; a number with a point, like 2.5, is a mean that layers share out by the end loss.",
@@ -104,11 +104,20 @@ class _Command(argparse.ArgumentParser):
         super().__init__(**options)
         self._learn: Callable[[argparse.ArgumentParser], None] | None = learn
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         learn, self._learn = self._learn, None
         if learn is not None:
             learn(self)
-        return super().parse_known_args(*args, **kwargs)
+        return super().parse_known_args(_without_guessing(args), namespace)
+
+
+def _without_guessing(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with ``true`` behind an option that settings could follow where what follows is something else."""
+    options = [f"--{name}" for name in _TRAINING]
+    return [
+        f"{argument}=true" if argument in options and not following.startswith("{") else argument
+        for argument, following in pairwise([*arguments, "{"])
+    ]
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -236,7 +245,8 @@ def _add_settings(parser: argparse.ArgumentParser, names: Sequence[str]) -> None
             about += f" (default: {field.default})"
         parse: dict[str, Any] = {"type": _number if float in kinds else _integer if int in kinds else str}
         if name in _TRAINING:
-            parser.add_argument(f"--no-{name}", dest=name, default=argparse.SUPPRESS, action="store_false", help=_NOT)
+            never = "not, whatever the preset says"
+            parser.add_argument(f"--no-{name}", dest=name, default=argparse.SUPPRESS, action="store_false", help=never)
             about += " For other settings, JSON behind it."
             parse = {"nargs": "?", "const": True, "metavar": "JSON", "type": _json}
         elif bool in kinds:

@@ -219,6 +219,12 @@ def test_layers_that_read_the_same_share_a_hessian_without_gradients(rows):
     planned = {layer.name: layer for layer in layers}
     assert sum(has_twin(layer, planned, drawn) for layer in layers) == 6
     assert not any(has_twin(layer, planned, guided) for layer in layers)
+    # To train codebooks takes what layers read, once, whichever of those that read it are trained.
+    grown = []
+    for some in (layers, [layer for layer in layers if "q_proj" not in layer.name]):
+        one, two = (Footprint(model, some, guided, stay).distillation(n, 4, 1, 0, (None, None)) for n in (1, 2))
+        grown.append(two[torch.device("cpu")] - one[torch.device("cpu")])
+    assert grown[0] == grown[1]
     footprint = Footprint(model, layers, drawn, stay)
     relay = Relay(model, drawn, [(0, 2)], rows, guided=False)
     found = gather_segment(model, relay, 0, layers, config)

@@ -109,13 +109,14 @@ class Footprint:
         found = Counter[torch.device]()
         for number, layers in enumerate(self.layers if self.outline.blocks else []):
             for device in {device for device, _ in self._kinds[number]}:
-                row = self.outline.block_bytes(number) if codes else self._row(number, itemsize)
                 if codes:
+                    row = self.outline.block_bytes(number)
                     sizes = [layer.weights for layer in layers]
                     # Where a latent weight starts, how far it has moved, the gradient and its two moments; its code
                     # and codeword. And codes on the way to codewords, one layer at a time.
                     need = (20 + 1 + itemsize) * sum(sizes) + 16 * max(sizes)
                 else:
+                    row = self._row(number, itemsize)
                     # Codes as they were solved and as they are trained, and a codebook, its gradient and its moments.
                     need = sum(2 * layer.packed_bytes + 16 * layer.out_features * 2**layer.bits for layer in layers)
                     need += max(self._expanded(layer, device, rows, itemsize, chunk) for layer in layers)
@@ -201,9 +202,12 @@ class Footprint:
         drawn = self.outline
         if not drawn.blocks:
             return drawn.row_bytes([])
-        different = [layer for layer in self.layers[number] if layer.name not in drawn.twins]
-        read = sum(drawn.reads.get(layer.name, drawn.tokens) * layer.in_features for layer in different)
-        return drawn.block_bytes(number) + read * itemsize
+        # What several layers read counts once, whichever of them are quantized.
+        read = {
+            drawn.twins.get(layer.name, layer.name): drawn.reads.get(layer.name, drawn.tokens) * layer.in_features
+            for layer in self.layers[number]
+        }
+        return drawn.block_bytes(number) + sum(read.values()) * itemsize
 
     def _solver(self, blocks: Sequence[int], device: torch.device) -> int:
         """Bytes that the largest batch of alike layers takes to be solved."""

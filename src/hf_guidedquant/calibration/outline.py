@@ -258,8 +258,8 @@ class _Watch:
         self._places: dict[str, int] = {}
         self._twins: dict[str, str] = {}
         self._reads_of: dict[str, int] = {}
-        # Activations that linear modules have read, and in which state.
-        self._read: list[tuple[weakref.ref[Tensor], int, str]] = []
+        # Activations that linear modules have read, by id, in which state, and by whom first.
+        self._read: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
         self._after = 0
         # Operations that were done when the last block ended, and when its gradient came.
         self._behind, self._back = 0, 0
@@ -287,11 +287,11 @@ class _Watch:
         return runs
 
     def _reads(self, name: str, activations: Tensor) -> None:
-        for tensor, version, other in self._read:
-            if tensor() is activations and version == activations._version:
-                self._twins[name] = other
-                return
-        self._read.append((weakref.ref(activations), activations._version, name))
+        tensor, version, other = self._read.get(id(activations), (lambda: None, 0, ""))
+        if tensor() is activations and version == activations._version:
+            self._twins[name] = other
+        else:
+            self._read[id(activations)] = weakref.ref(activations), activations._version, name
 
     def _starts(self, name: str) -> Callable[..., None]:
         def starts(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """That the kernels compile for GPUs of many kinds, and fit them. It takes none of them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from triton.runtime.jit import JITFunction
 from hf_guidedquant.nn import code_sums_kernel
 from hf_guidedquant.solvers import descent
 from hf_guidedquant.triton_kernels import TILED_BITS, attention, portable, sparse, tensor_core
-from hf_guidedquant.triton_kernels.configs import choose
+from hf_guidedquant.triton_kernels.configs import MatrixConfig, choose, table
 
 # Bytes of shared memory that a program may have.
 SHARED_MEMORY = {
@@ -137,3 +138,20 @@ def test_tensor_core_kernels(name, bits, compile_for):
         tensor_core.launch(x, tiles, packed(bits)[1], None, y, choose(capability, bits, tokens, 1000, 4096))
     tensor_core.dequantize(tiles, packed(bits)[1], 4096, torch.bfloat16)
     assert_fit(compiled, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", TILED_BITS)
+def test_no_product_of_the_matrix_kernel_reads_registers_that_are_written_again(bits, dtype, compile_for):
+    compiled = compile_for("sm_90")
+    x, y = torch.zeros(64, 4096, dtype=dtype), torch.zeros(64, 1000, dtype=dtype)
+    tiles = torch.zeros(63, 32, 64 * bits, dtype=torch.int32)
+    configs = {config for shapes in table()[bits].values() for config in shapes.values()}
+    for config in {config._replace(splits=1) for config in configs if isinstance(config, MatrixConfig)}:
+        tensor_core.launch(x, tiles, packed(bits)[1], None, y, config)
+    assert_fit(compiled, "sm_90")
+    for kernel in compiled:
+        ptx = kernel.asm["ptx"]
+        assert "wgmma.mma_async" in ptx
+        # Whoever waits, waits for all products: none is under way when the next weights are decoded.
+        assert set(re.findall(r"wgmma.wait_group.sync.aligned (\d+)", ptx)) == {"0"}

@@ -111,23 +111,20 @@ _HALVES = _constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @triton.jit
-def block_matrix(top, bottom, WARPS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """The decoded tiles of all warps, 16 registers a row and lane, as the matrix ``[16 * WARPS, 128]``.
+def half_block_matrix(top, bottom, WARPS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Half of the decoded tiles of all warps, 8 registers a row and lane, as the matrix ``[16 * WARPS, 64]``.
 
     Register 4 p + j of lane 4 g + t holds the inputs 32 p + 8 t + 2 j and the next; a join adds the fastest dimension.
     """
     rows = ()
-    for i in tl.static_range(16):
-        rows = rows + (tl.join(top[i], bottom[i]),)
-    upper_p = ()
     for i in tl.static_range(8):
-        upper_p = upper_p + (tl.join(rows[i], rows[i + 8]),)
-    lower_p = ()
+        rows = rows + (tl.join(top[i], bottom[i]),)
+    parts = ()
     for i in tl.static_range(4):
-        lower_p = lower_p + (tl.join(upper_p[i], upper_p[i + 4]),)
-    pairs = tl.join(tl.join(lower_p[0], lower_p[2]), tl.join(lower_p[1], lower_p[3]))
-    pairs = tl.permute(tl.reshape(pairs, [WARPS, 8, 4, 2, 4, 4]), (0, 3, 1, 4, 2, 5))  # warp, half, g, p, t, j
-    pairs = tl.reshape(pairs, [16 * WARPS, 64])
+        parts = parts + (tl.join(rows[i], rows[i + 4]),)
+    pairs = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    pairs = tl.permute(tl.reshape(pairs, [WARPS, 8, 4, 2, 2, 4]), (0, 3, 1, 4, 2, 5))  # warp, half, g, p, t, j
+    pairs = tl.reshape(pairs, [16 * WARPS, 32])
     if not ASM:
         dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
         even = (pairs & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
@@ -140,7 +137,17 @@ def block_matrix(top, bottom, WARPS: tl.constexpr, BF16: tl.constexpr, ASM: tl.c
         even, odd = tl.inline_asm_elementwise(
             _HALVES, "=h,=h,r", [pairs], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
         )
-    return tl.reshape(tl.join(even, odd), [16 * WARPS, 128])
+    return tl.reshape(tl.join(even, odd), [16 * WARPS, 64])
+
+
+@triton.jit
+def finished(sums):
+    """The sums, once all products that add to them are done.
+
+    Tensor cores read decoded weights out of registers while the warps go on. Left to itself, Triton (3.6, 3.7) lets the
+    product of one round of a loop run into the next, whose weights overwrite those registers.
+    """
+    return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [sums], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

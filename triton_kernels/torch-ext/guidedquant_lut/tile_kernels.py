@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .prmt import block_matrix, decode_row, join4, mma, split4, sum_warps, tables, to_bf16
+from .prmt import decode_half, decode_row, finished, half_block_matrix, join4, mma, split4, sum_warps, tables, to_bf16
 
 
 @triton.jit
@@ -238,8 +238,8 @@ def matrix_kernel(
     """``y[splits, M, N]``, which add up to ``x[M, K] @ W.T + bias``, for many tokens.
 
     A program takes 16 WARPS rows, TOKENS tokens and its split of the blocks of 128 inputs. Every warp decodes one tile
-    of a block; decoded, the tiles are the first operand of a dot whose second is a block of activations, fetched STAGES
-    ahead. Arguments as those of :func:`vector_kernel`; for several splits y is fp32.
+    of a block; decoded, half of the tiles at a time is the first operand of a dot whose second are activations, fetched
+    STAGES blocks ahead. Arguments as those of :func:`vector_kernel`; for several splits y is fp32.
     """
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
@@ -258,22 +258,27 @@ def matrix_kernel(
     tile_ptr = tiles_ptr + (tile.to(tl.int64) * blocks + tl.minimum(begin, blocks - 1)) * (64 * BITS)
     words = _load_tile(tile_ptr, lane, lane >= 0, BITS, True)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    k = tl.arange(0, 128)
+    k = tl.arange(0, 64)
     x_ptrs = x_ptr + (tl.minimum(token, M - 1).to(tl.int64) * (stride_x8 * 8))[None, :] + k[:, None]
     sums = tl.zeros([16 * WARPS, TOKENS], tl.float32)
     for block in tl.range(begin, end, num_stages=STAGES):
         # The last block is fetched again instead of one past the end.
         tile_ptr += tl.where(block + 1 < end, 64 * BITS, 0)
         ahead = _load_tile(tile_ptr, lane, lane >= 0, BITS, True)
-        upper, lower = decode_row(words[0], top, BITS, ASM), decode_row(words[1], bottom, BITS, ASM)
-        weights = block_matrix(upper, lower, WARPS, BF16, ASM)
-        # K is a multiple of 8: the compiler must see that, to fetch 16 bytes at a time.
-        x = tl.load(x_ptrs + block * 128, (block * 16 + k // 8 < K // 8)[:, None], 0)
+        for half in tl.static_range(2):
+            upper = decode_half(words[0], top, half, BITS, ASM)
+            lower = decode_half(words[1], bottom, half, BITS, ASM)
+            weights = half_block_matrix(upper, lower, WARPS, BF16, ASM)
+            # K is a multiple of 8: the compiler must see that, to fetch 16 bytes at a time.
+            live = block * 16 + half * 8 + k // 8 < K // 8
+            x = tl.load(x_ptrs + (block * 128 + half * 64), live[:, None], 0)
+            if ASM:
+                sums = tl.dot(weights, x, sums)
+            else:
+                # The interpreter's dot is wrong for bf16.
+                sums += tl.dot(weights.to(tl.float32), x.to(tl.float32), input_precision="ieee")
         if ASM:
-            sums = tl.dot(weights, x, sums)
-        else:
-            # The interpreter's dot is wrong for bf16.
-            sums += tl.dot(weights.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+            sums = finished(sums)
         words = ahead
     rows = first_row + tl.arange(0, 16 * WARPS)
     keep = (token < M)[None, :] & (rows < N)[:, None]

@@ -49,12 +49,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "sweep + LNQ + guided + 0.45% sparse": {"method": "lnq", "guided": True, "outliers": 0.0045},
     "sweep + LNQ + guided + distilled": {"method": "lnq", "guided": True, "distill": True},
     # Codes as they were solved: codebooks trained block by block, then end to end.
-    "codebooks trained": {
-        "method": "lnq",
-        "guided": True,
-        "reconstruct": {"codes": False},
-        "distill": {"epochs": 3, "learning_rate": 0.01},
-    },
+    "codebooks trained": {"method": "lnq", "guided": True, "reconstruct": {"codes": False}, "distill": True},
     "sweep + LNQ + guided + reconstructed": {"method": "lnq", "guided": True, "reconstruct": True},
     # With the preset's own number of rows, whatever the others have.
     "fast": {"preset": "fast", "num_samples": PRESETS["fast"]["num_samples"]},

@@ -112,7 +112,7 @@ def test_the_codebooks_of_the_best_epoch_are_kept(monkeypatch):
 
 def test_training_that_does_harm_is_not_kept():
     plain = hf_guidedquant.quantize(copy.deepcopy(trained_model()), GuidedQuantConfig(dataset=calibration_rows()))
-    wild = {"learning_rate": 1.0, "batch_tokens": 512}
+    wild = {"epochs": 2, "learning_rate": 1.0, "batch_tokens": 512}
     model = hf_guidedquant.quantize(
         copy.deepcopy(trained_model()), GuidedQuantConfig(dataset=calibration_rows(), distill=wild)
     )

@@ -84,8 +84,8 @@ class DistillSpec:
         ConfigError: A value is outside its range.
     """
 
-    epochs: int = 2
-    learning_rate: float = 0.04
+    epochs: int = 3
+    learning_rate: float = 0.01
     batch_tokens: int = 8192
     held_back: float = 1 / 16
 

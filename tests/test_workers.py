@@ -117,7 +117,7 @@ from hf_guidedquant import GuidedQuantConfig
 from hf_guidedquant.workers import Workers
 
 folder, method, extra = sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-config = GuidedQuantConfig(bits=3, dataset=token_rows(5) * 2, num_groups=2, method=method, **extra)
+config = GuidedQuantConfig(bits=3, dataset=token_rows(10), num_groups=2, method=method, **extra)
 model = hf_guidedquant.quantize(tiny_model(), config)
 rank = Workers().rank
 torch.save(model.state_dict(), f"{folder}/state{rank}.pt")
@@ -148,7 +148,7 @@ def test_two_processes_quantize_as_one(method, segments, curvature, tmp_path):
         config = GuidedQuantConfig(bits=3, num_groups=2, method=method, seq_len=33)
         config.max_memory = extra["max_memory"] = 1.01 * memory_for(tiny_model(), config)
         assert hf_guidedquant.plan(tiny_model(), config, probe=False).segments == 2
-    settings = GuidedQuantConfig(bits=3, dataset=token_rows(5) * 2, num_groups=2, method=method, **extra)
+    settings = GuidedQuantConfig(bits=3, dataset=token_rows(10), num_groups=2, method=method, **extra)
     model = hf_guidedquant.quantize(tiny_model(), settings)
     alone = model.state_dict()
     folder, states = quantized_by(tmp_path, method, **extra)
